@@ -1,0 +1,53 @@
+"""Where the reference outputs and the real media lie, and how close is close enough."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+GOLDEN = [folder for folder in (SHARED / "golden" / "mova", ROOT / "tests" / "golden" / "mova") if folder.is_dir()]
+
+
+def golden_path(name: str) -> Path:
+    """A file or folder of the reference outputs: the full set where it is present, else the small one of this repository."""
+    for folder in GOLDEN:
+        if (folder / name).exists():
+            return folder / name
+    pytest.skip(f"{name} is not in the small parity set; the full one (../shared/golden) is not here")
+
+
+@pytest.fixture
+def golden():
+    """golden("single_step") -> the tensors of that reference file, by name."""
+    return lambda name: load_file(golden_path(f"{name}.safetensors"))
+
+
+@pytest.fixture
+def golden_config():
+    """golden_config("single_step") -> the "config" of its sidecar."""
+    return lambda name: json.loads(golden_path(f"{name}.json").read_text(encoding="utf-8"))["config"]
+
+
+@pytest.fixture(scope="session")
+def tiny_mova() -> Path:
+    """The reference's small random checkpoint, in the released layout."""
+    return golden_path("tiny-mova")
+
+
+@pytest.fixture(scope="session")
+def media() -> Path:
+    """Real pictures and a real clip."""
+    if not (SHARED / "media").is_dir():
+        pytest.skip("../shared/media (real pictures and a clip) is not here")
+    return SHARED / "media"
+
+
+def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative L2 error, the unit of the MANIFEST's tolerances."""
+    assert actual.shape == expected.shape, f"{tuple(actual.shape)} is not {tuple(expected.shape)}"
+    actual, expected = actual.double(), expected.double()
+    return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
