@@ -41,9 +41,14 @@ class Guidance:
     audio_cfg: float
     bridge: float
 
+    @property
+    def plain(self) -> bool:
+        """Whether one pass is enough."""
+        return self.cfg == self.audio_cfg == self.bridge == 1
+
     def branches(self, context: Tensor, negative: Tensor | None) -> list[Branch]:
         """One pass, two (prompt) or three (prompt and bridge); the full one first."""
-        if self.cfg == self.audio_cfg == self.bridge == 1:
+        if self.plain:
             return [Branch(context)]
         if negative is None:
             raise InputError(f"negative_context is missing: guidance (cfg {self.cfg}, audio_cfg {self.audio_cfg}, bridge {self.bridge}) compares with it; set all to 1 to do without.")
@@ -62,6 +67,28 @@ class Guidance:
         positive, negative, *unbridged = passes
         start = negative if not unbridged else unbridged[0] + self.bridge * (negative - unbridged[0])
         return start + scale * (positive - negative)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of a run: the grids of both streams and what the model is told in each step."""
+
+    video: Grid
+    audio: Grid
+    times: list[StepTimes]
+
+
+def plan_steps(
+    denoiser: Denoiser, *, steps: int, shift: float | None, audio_shift: float | None, boundary: float | None, schedule: str, denoise: float
+) -> Plan:
+    """The steps of `sample` for these values (None = the checkpoint's own); InputError names the value that is off."""
+    config, ratio = denoiser.schedule, denoiser.boundary_ratio if boundary is None else boundary
+    if not 0 <= ratio <= 1:
+        raise InputError(f"boundary is {ratio}; it is a share of the noise, 0 to 1 (0.9 in the release).")
+    video = make_grid(config, steps, shift=shift, schedule=schedule, denoise=denoise)
+    audio = make_grid(config, steps, shift=shift if audio_shift is None else audio_shift, schedule=schedule, denoise=denoise)
+    experts = choose_experts(video.timesteps, ratio * config.num_train_timesteps)
+    return Plan(video, audio, [StepTimes(*step) for step in zip(video.timesteps.split(1), audio.timesteps.split(1), experts, strict=True)])
 
 
 class Stream:
@@ -138,23 +165,17 @@ def sample(
     broadcastable to the stream. on_step(Step) after every step, on_layer(done, total) after every layer of every step:
     raise in either to cancel. InputError for values that do not fit, SamplingError when latents become NaN or infinite.
     """
-    guidance = Guidance(*(check_number(name, value) for name, value in (("cfg", cfg), ("audio_cfg", cfg if audio_cfg is None else audio_cfg), ("bridge_guidance", bridge_guidance))))
-    config, ratio = denoiser.schedule, denoiser.boundary_ratio if boundary is None else boundary
-    if not 0 <= ratio <= 1:
-        raise InputError(f"boundary is {ratio}; it is a share of the noise, 0 to 1 (0.9 in the release).")
-    video_grid = make_grid(config, steps, shift=shift, schedule=schedule, denoise=denoise)
-    audio_grid = make_grid(config, steps, shift=shift if audio_shift is None else audio_shift, schedule=schedule, denoise=denoise)
-    video = Stream("video", video_noise, video_start, video_mask, video_grid, denoiser.device)
-    audio = Stream("audio", audio_noise, audio_start, audio_mask, audio_grid, denoiser.device)
-    experts = choose_experts(video_grid.timesteps, ratio * config.num_train_timesteps)
-    times = [StepTimes(t, a, expert) for t, a, expert in zip(video_grid.timesteps.split(1), audio_grid.timesteps.split(1), experts, strict=True)]
-    run = denoiser.prepare(video.x, audio.x, condition, guidance.branches(context, negative_context), times, fps)
+    plan = plan_steps(denoiser, steps=steps, shift=shift, audio_shift=audio_shift, boundary=boundary, schedule=schedule, denoise=denoise)
+    guidance = choose_guidance(cfg, audio_cfg, bridge_guidance)
+    video = Stream("video", video_noise, video_start, video_mask, plan.video, denoiser.device)
+    audio = Stream("audio", audio_noise, audio_start, audio_mask, plan.audio, denoiser.device)
+    run = denoiser.prepare(video.x, audio.x, condition, guidance.branches(context, negative_context), plan.times, fps)
 
-    for k, step in enumerate(times):
+    for k, step in enumerate(plan.times):
         velocities = guidance.combine(run.velocities(video.entering(k), audio.entering(k), k, on_layer))
         clean = [stream.advance(k, velocity, steps) for stream, velocity in zip((video, audio), velocities, strict=True)]
         if on_step is not None:
-            on_step(Step(k, steps, step.video.item(), video_grid.sigmas[k].item(), audio_grid.sigmas[k].item(), step.expert, *clean))
+            on_step(Step(k, steps, step.video.item(), plan.video.sigmas[k].item(), plan.audio.sigmas[k].item(), step.expert, *clean))
     return video.finished().to(video_noise.device), audio.finished().to(audio_noise.device)
 
 
@@ -180,7 +201,9 @@ def check_mask(name: str, mask: Tensor, noise: Tensor, start: Tensor | None) -> 
     return mask.to(noise)
 
 
-def check_number(name: str, value: float) -> float:
-    if not math.isfinite(value):
-        raise InputError(f"{name} is {value}; a finite number is needed.")
-    return float(value)
+def choose_guidance(cfg: float, audio_cfg: float | None, bridge: float) -> Guidance:
+    """InputError unless the scales are finite numbers; audio_cfg None = cfg."""
+    for name, value in (("cfg", cfg), ("audio_cfg", audio_cfg or 0.0), ("bridge_guidance", bridge)):
+        if not math.isfinite(value):
+            raise InputError(f"{name} is {value}; a finite number is needed.")
+    return Guidance(cfg, cfg if audio_cfg is None else audio_cfg, bridge)
