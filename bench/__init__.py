@@ -1,0 +1,1 @@
+"""Benchmarks that print JSON, and the plain baseline they measure against."""
