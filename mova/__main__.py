@@ -82,7 +82,22 @@ def run_generate(args: argparse.Namespace) -> int:
     from .pipeline import load_pipeline
 
     check_output(args.out)
-    names = ("negative_prompt", "height", "width", "num_frames", "fps", "steps", "cfg", "audio_cfg", "bridge_guidance", "shift", "audio_shift", "boundary", "seed", "last_image")
+    names = (
+        "negative_prompt",
+        "height",
+        "width",
+        "num_frames",
+        "fps",
+        "steps",
+        "cfg",
+        "audio_cfg",
+        "bridge_guidance",
+        "shift",
+        "audio_shift",
+        "boundary",
+        "seed",
+        "last_image",
+    )
     settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     pipe = load_pipeline(args.model, text_cache=args.text_cache, **placement(args))
     start = time.monotonic()

@@ -98,7 +98,12 @@ def check_denoiser(denoiser: Denoiser, context: Tensor, condition: Tensor) -> It
         for expert, timestep in TIMES.items():
             start = time.perf_counter()
             full = denoiser.velocity(video, audio, condition, context[:1], timestep, expert=expert)
-            yield Finding(f"{expert} expert: one pass of {FRAMES} frames", f"{time.perf_counter() - start:.1f} s, {finite(*full)}", "finite", all(bool(torch.isfinite(v).all()) for v in full))
+            yield Finding(
+                f"{expert} expert: one pass of {FRAMES} frames",
+                f"{time.perf_counter() - start:.1f} s, {finite(*full)}",
+                "finite",
+                all(bool(torch.isfinite(v).all()) for v in full),
+            )
             for name, velocity, noise in (("video", full[0], video), ("audio", full[1], audio)):
                 match = correlation(velocity, noise)
                 yield Finding(f"{expert} expert: {name} velocity follows the noise", f"{match:.2f}", "above 0.4 (near 0: wrong weights)", match > 0.4)

@@ -75,7 +75,9 @@ def open_component(folder: str | Path, name: str) -> Component:
     """Opens `folder/name` (its config.json; the weights stay closed). CheckpointError when it is not there."""
     part = checkpoint_folder(folder) / name
     if not part.is_dir():
-        raise CheckpointError(f"{part} is missing: a MOVA checkpoint has a sub-folder '{name}'. Download it, or check that {folder} is the folder with model_index.json.")
+        raise CheckpointError(
+            f"{part} is missing: a MOVA checkpoint has a sub-folder '{name}'. Download it, or check that {folder} is the folder with model_index.json."
+        )
     return Component(name, part, read_json(part / "config.json"))
 
 
@@ -170,16 +172,22 @@ def diagnose_file(file: Path, error: Exception) -> str:
 
 def check_tensors(component: Component, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Compares names and shapes; one CheckpointError lists everything missing, unexpected or misshapen."""
-    index = component.index
-    missing = [key for key in expected if key not in index]
-    unexpected = [key for key in index if key not in expected]
-    misshapen = [f"{key} is {list(index[key].shape)}, needed {list(expected[key])}" for key in expected if key in index and index[key].shape != tuple(expected[key])]
-    if missing or unexpected or misshapen:
-        found = "; ".join(list_names(kind, names) for kind, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)) if names)
+    if found := compare_tensors(component.index, expected):
         raise CheckpointError(
-            f"{component.folder} does not hold the weights its config.json describes ({len(expected)} tensors expected): {found}. "
+            f"{component.folder} does not hold the weights its config.json describes ({len(expected)} tensors expected): {'; '.join(found)}. "
             "The download is incomplete or the folder is of another model."
         )
+
+
+def compare_tensors(index: Mapping[str, TensorEntry], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What is missing, unexpected or misshapen, a phrase each; empty when all fits."""
+    misshapen = [key for key, shape in expected.items() if key in index and index[key].shape != shape]
+    differences = {
+        "missing": [key for key in expected if key not in index],
+        "unexpected": [key for key in index if key not in expected],
+        "misshapen": [f"{key} is {list(index[key].shape)}, needed {list(expected[key])}" for key in misshapen],
+    }
+    return [list_names(kind, names) for kind, names in differences.items() if names]
 
 
 def list_names(kind: str, names: list[str]) -> str:

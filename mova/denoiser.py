@@ -155,9 +155,7 @@ class JointRun:
     step is computed once: rotary tables, prompts and their keys, time embeddings.
     """
 
-    def __init__(
-        self, denoiser: Denoiser, video: Tensor, audio: Tensor, condition: Tensor, branches: list[Branch], steps: list[StepTimes], fps: float
-    ) -> None:
+    def __init__(self, denoiser: Denoiser, video: Tensor, audio: Tensor, condition: Tensor, branches: list[Branch], steps: list[StepTimes], fps: float) -> None:
         self.denoiser, self.steps, self.branches = denoiser, steps, len(branches)
         self.batch, self.device, self.dtype = video.shape[0], denoiser.device, denoiser.dtype
         self.condition = condition.to(self.device, torch.float32).expand(self.batch, -1, -1, -1, -1)
@@ -243,14 +241,14 @@ class JointRun:
         return times if len(times) == 1 else torch.cat([times] * len(group.branches))
 
 
-def check_streams(
-    denoiser: Denoiser, video: Tensor, audio: Tensor, condition: Tensor, branches: list[Branch], steps: list[StepTimes], fps: float
-) -> None:
+def check_streams(denoiser: Denoiser, video: Tensor, audio: Tensor, condition: Tensor, branches: list[Branch], steps: list[StepTimes], fps: float) -> None:
     """InputError when the streams do not fit the model or each other."""
     config = denoiser.parts.experts["high"].config
     patch = config.patch_size
     if video.ndim != 5 or video.shape[1] != config.out_dim or any(size < step or size % step for size, step in zip(video.shape[2:], patch, strict=True)):
-        raise InputError(f"video latents are {list(video.shape)}; [B, {config.out_dim}, T, h, w] is needed, with h and w multiples of {patch[1]} and {patch[2]}.")
+        raise InputError(
+            f"video latents are {list(video.shape)}; [B, {config.out_dim}, T, h, w] is needed, with h and w multiples of {patch[1]} and {patch[2]}."
+        )
     batch = video.shape[0]
     if audio.ndim != 3 or audio.shape[:2] != (batch, denoiser.audio_channels) or not audio.shape[2]:
         raise InputError(f"audio latents are {list(audio.shape)}; [{batch}, {denoiser.audio_channels}, Ta] is needed beside this video.")

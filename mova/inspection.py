@@ -14,7 +14,7 @@ from torch import nn
 
 from .audio_vae import DAC, AudioVAEConfig, stored_shapes
 from .bridge import Bridge, BridgeConfig
-from .checkpoint import Component, TensorEntry, list_names, open_component, open_safetensors, read_config, read_json
+from .checkpoint import Component, TensorEntry, compare_tensors, open_component, open_safetensors, read_config, read_json
 from .errors import CheckpointError, InputError
 from .schedule import ScheduleConfig
 from .text import EMBEDDING, TextEncoderConfig, import_transformers, read_tokenizer
@@ -202,17 +202,6 @@ def judge_part(name: str, component: Component) -> PartReport:
     except (TypeError, ValueError, ImportError) as error:  # what diffusers says of a config it cannot build
         return dataclasses.replace(report, problems=(f"{component.folder}: the network that config.json describes cannot be built ({error}).",))
     return dataclasses.replace(report, expected=len(expected), released=values == part.config(), problems=tuple(compare_tensors(index, expected)))
-
-
-def compare_tensors(index: Mapping[str, TensorEntry], expected: Shapes) -> list[str]:
-    differences = {
-        "missing": [key for key in expected if key not in index],
-        "unexpected": [key for key in index if key not in expected],
-        "misshapen": [
-            f"{key} is {list(index[key].shape)}, needed {list(shape)}" for key, shape in expected.items() if key in index and index[key].shape != shape
-        ],
-    }
-    return [list_names(kind, names) for kind, names in differences.items() if names]
 
 
 def inspect_scheduler(root: Path) -> PartReport:

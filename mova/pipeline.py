@@ -51,7 +51,9 @@ class Pipeline:
         sound = {"audio": self.decode_audio(latents), "sample_rate": self.audio_vae.sample_rate}
         self.on_device(
             self.video_vae,
-            lambda vae: write_clip(path, vae.decode_stream(vae.denormalize(latents.video)), fps=latents.fps, metadata=latents.settings, on_frame=on_frame, **sound),
+            lambda vae: write_clip(
+                path, vae.decode_stream(vae.denormalize(latents.video)), fps=latents.fps, metadata=latents.settings, on_frame=on_frame, **sound
+            ),
         )
 
     def make_latents(
@@ -94,7 +96,16 @@ class Pipeline:
         texts = [prompt] if guided.plain else [prompt, negative_prompt]
         embedded = self.on_device(self.text, lambda encoder: encoder.encode(texts)).split(1)
         video_noise, audio_noise = draw_noise(seed, (1, self.denoiser.video_channels, *condition.shape[2:]), (1, self.denoiser.audio_channels, audio_length))
-        sampling = dict(steps=steps, cfg=cfg, audio_cfg=audio_cfg, bridge_guidance=bridge_guidance, shift=shift, audio_shift=audio_shift, boundary=boundary, schedule=schedule)
+        sampling = dict(
+            steps=steps,
+            cfg=cfg,
+            audio_cfg=audio_cfg,
+            bridge_guidance=bridge_guidance,
+            shift=shift,
+            audio_shift=audio_shift,
+            boundary=boundary,
+            schedule=schedule,
+        )
         try:
             video, audio = sample(
                 self.denoiser,
@@ -110,7 +121,9 @@ class Pipeline:
             )
         finally:
             self.denoiser.release()
-        settings = dict(prompt=prompt, negative_prompt=negative_prompt, seed=seed, height=height, width=width, num_frames=num_frames, fps=fps, model=self.folder.name)
+        settings = dict(
+            prompt=prompt, negative_prompt=negative_prompt, seed=seed, height=height, width=width, num_frames=num_frames, fps=fps, model=self.folder.name
+        )
         return Latents(video, audio, fps, settings | sampling)
 
     def decode_audio(self, latents: Latents) -> Tensor:

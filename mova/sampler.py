@@ -51,7 +51,9 @@ class Guidance:
         if self.plain:
             return [Branch(context)]
         if negative is None:
-            raise InputError(f"negative_context is missing: guidance (cfg {self.cfg}, audio_cfg {self.audio_cfg}, bridge {self.bridge}) compares with it; set all to 1 to do without.")
+            raise InputError(
+                f"negative_context is missing: guidance (cfg {self.cfg}, audio_cfg {self.audio_cfg}, bridge {self.bridge}) compares with it; set all to 1 to do without."
+            )
         guided = [Branch(context), Branch(negative)]
         return guided if self.bridge == 1 else [*guided, Branch(negative, a2v_scale=0.0, v2a_scale=0.0)]
 

@@ -14,7 +14,15 @@ from .layers import Block, Rope, collapse_padding, frequencies, rope_table, shif
 Grid = tuple[int, int, int]  # tokens along time, rows, columns
 
 # Switches of the Wan family that MOVA leaves off; weights trained with them on need parts that are not built here.
-UNUSED_SWITCHES = ("has_image_input", "has_image_pos_emb", "has_ref_conv", "add_control_adapter", "seperated_timestep", "fuse_vae_embedding_in_latents", "require_clip_embedding")
+UNUSED_SWITCHES = (
+    "has_image_input",
+    "has_image_pos_emb",
+    "has_ref_conv",
+    "add_control_adapter",
+    "seperated_timestep",
+    "fuse_vae_embedding_in_latents",
+    "require_clip_embedding",
+)
 OOBLECK_STEP = 4 / (44100 / 2048)  # position units per latent of the legacy audio VAE
 
 
@@ -43,7 +51,9 @@ class TowerConfig:
     def __post_init__(self) -> None:
         sizes = (self.dim, self.in_dim, self.ffn_dim, self.out_dim, self.text_dim, self.freq_dim, self.num_heads, self.num_layers, *self.patch_size)
         if min(sizes) < 1 or self.freq_dim % 2 or self.dim % (2 * self.num_heads):
-            raise CheckpointError(f"config.json describes no tower: dim {self.dim} must be an even multiple of num_heads {self.num_heads}, and every size at least 1.")
+            raise CheckpointError(
+                f"config.json describes no tower: dim {self.dim} must be an even multiple of num_heads {self.num_heads}, and every size at least 1."
+            )
         if on := [name for name in UNUSED_SWITCHES if getattr(self, name)]:
             raise CheckpointError(f"config.json switches on {', '.join(on)}: MOVA has none of them; this checkpoint is of another model of the Wan family.")
 

@@ -81,7 +81,12 @@ def test_everything_that_does_not_fit_is_in_one_error(folder):
     edit(folder / "video_dit_2" / WEIGHTS, change)
     with pytest.raises(CheckpointError) as caught:
         mova.load_denoiser(folder)
-    for part in ("video_dit_2", "1 missing: blocks.1.ffn.2.bias", "1 unexpected: blocks.0.img_emb.weight", "blocks.2.self_attn.q.weight is [80, 81], needed [80, 80]"):
+    for part in (
+        "video_dit_2",
+        "1 missing: blocks.1.ffn.2.bias",
+        "1 unexpected: blocks.0.img_emb.weight",
+        "blocks.2.self_attn.q.weight is [80, 81], needed [80, 80]",
+    ):
         assert part in str(caught.value)
 
 

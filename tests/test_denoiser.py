@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from conftest import distance
 from test_towers import fill, waves
 
 import mova
-from conftest import distance
 from mova import InputError
 from mova.bridge import Bridge, BridgeConfig
 from mova.denoiser import Denoiser
@@ -27,7 +27,9 @@ def denoiser(tiny_mova):
 
 def predict(denoiser, case, timestep, audio_timestep=None, prefix="", **options):
     latents = case[f"{prefix}visual_latents"]
-    return denoiser.velocity(latents[:, :16], case[f"{prefix}audio_latents"], latents[:, 16:], case[f"{prefix}context"], timestep, audio_timestep=audio_timestep, **options)
+    return denoiser.velocity(
+        latents[:, :16], case[f"{prefix}audio_latents"], latents[:, 16:], case[f"{prefix}context"], timestep, audio_timestep=audio_timestep, **options
+    )
 
 
 def assert_pair(pair, case, name, tolerance=STEP):
@@ -60,7 +62,7 @@ def test_layer_by_layer(golden, tiny_mova, dtype, tolerance):
     case, inputs = golden("single_step" if dtype == torch.float32 else "single_step_bf16"), golden("single_step")
     hidden = {key.removeprefix("video_dit.case1.hid."): value for key, value in case.items() if ".hid." in key}
     tower, audio = denoiser.residency.enter("high"), denoiser.parts.audio
-    (t_v, mod_v), (t_a, mod_a) = tower.time(torch.tensor([937.5])), audio.time(torch.tensor([880.25]))
+    (_, mod_v), (_, mod_a) = tower.time(torch.tensor([937.5])), audio.time(torch.tensor([880.25]))
     assert distance(mod_v.flatten(1), hidden["visual_t_mod_flat"]) < STEP and distance(mod_a.flatten(1), hidden["audio_t_mod_flat"]) < STEP
     context = inputs["context"].to(dtype)
     assert distance(tower.text_embedding(context), hidden["visual_context"]) < tolerance
@@ -170,7 +172,9 @@ def test_streaming_moves_each_layer_once_for_all_branches(golden, tiny_mova):
     predict(denoiser, case, 950.0)
     first = denoiser.report().bytes_moved
     predict(denoiser, case, 950.0)
-    layers = sum(tensor.nbytes for name in ("high", "audio", "bridge") for key, tensor in denoiser.parts.tensors[name].items() if not denoiser.residency.stays(key))
+    layers = sum(
+        tensor.nbytes for name in ("high", "audio", "bridge") for key, tensor in denoiser.parts.tensors[name].items() if not denoiser.residency.stays(key)
+    )
     assert denoiser.report().bytes_moved - first <= layers
     assert denoiser.report().slabs_allocated == 2
     denoiser.release()
@@ -188,7 +192,9 @@ def test_deterministic_model(tmp_path, scale):
     parts = Parts({"high": video, "low": video}, audio, bridge, {name: dict(tensors) for name, tensors in state.items()})
     denoiser = Denoiser(parts, Residency(parts, torch.device("cpu"), torch.float32, "resident"), ScheduleConfig(), 0.9, tmp_path)
     latents = waves((1, 36, 3, 4, 6), 0.013)
-    v, a = denoiser.velocity(latents[:, :16], waves((1, 8, 13), 0.021), latents[:, 16:], waves((1, 5, 20), 0.017), 873.5, expert="high", a2v_scale=scale, v2a_scale=scale)
+    v, a = denoiser.velocity(
+        latents[:, :16], waves((1, 8, 13), 0.021), latents[:, 16:], waves((1, 5, 20), 0.017), 873.5, expert="high", a2v_scale=scale, v2a_scale=scale
+    )
     if scale:
         rows = ((v, -2.174255, 0.29618344, [0.226865, -0.326370, 0.226987, -0.327632]), (a, 2.571702, 0.04009107, [-0.057339, -0.057469, -0.057467, -0.057387]))
     else:

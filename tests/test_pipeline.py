@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from conftest import distance
 
 import mova
-from conftest import distance
 from mova import InputError
 from mova.media_reading import read_metadata, read_video
 
@@ -12,7 +12,15 @@ from mova.media_reading import read_metadata, read_video
 @pytest.fixture
 def request_of_the_reference(golden, golden_config):
     case, run = golden("cfg_loop"), golden_config("cfg_loop")["run"]
-    settings = dict(negative_prompt=run["negative"], height=run["height"], width=run["width"], num_frames=run["num_frames"], fps=run["fps"], steps=run["steps"], seed=run["seed"])
+    settings = dict(
+        negative_prompt=run["negative"],
+        height=run["height"],
+        width=run["width"],
+        num_frames=run["num_frames"],
+        fps=run["fps"],
+        steps=run["steps"],
+        seed=run["seed"],
+    )
     return case, run["prompt"], case["image"], settings
 
 

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from conftest import distance
 
 import mova
-from conftest import distance
 from mova import InputError, SamplingError
 from mova.sampler import Guidance
 
@@ -44,7 +44,9 @@ def test_every_pass_of_the_loop(golden, denoiser, loop):
     latents = {"visual": case["noise_video"], "audio": case["noise_audio"]}
     for k in range(4):
         for branch, context in (("pos", loop["context"]), ("neg", loop["negative_context"])):
-            video, audio = denoiser.velocity(latents["visual"], latents["audio"], loop["condition"], context, case["pairs"][k, 0].item(), expert=["high", "low"][case["expert"][k]])
+            video, audio = denoiser.velocity(
+                latents["visual"], latents["audio"], loop["condition"], context, case["pairs"][k, 0].item(), expert=["high", "low"][case["expert"][k]]
+            )
             assert distance(video, case[f"step{k}.{branch}.visual"]) < 3e-5 and distance(audio, case[f"step{k}.{branch}.audio"]) < 3e-5
         latents = {"visual": case[f"step{k}.latents"], "audio": case[f"step{k}.audio_latents"]}
 
@@ -57,12 +59,17 @@ def test_loop_in_bf16(golden, tiny_mova, loop):
 
 def test_guidance_scales_per_stream_and_bridge(denoiser, loop):
     """One step against the formulas of spec/mova.md 4.6 and 4.7, pass by pass."""
+
     def velocity(context, bridge):
         return denoiser.velocity(loop["video_noise"], loop["audio_noise"], loop["condition"], context, 1000.0, a2v_scale=bridge, v2a_scale=bridge)
 
     full, negative, alone = velocity(loop["context"], 1.0), velocity(loop["negative_context"], 1.0), velocity(loop["negative_context"], 0.0)
     one = loop | {"steps": 1}
-    for options, scales, bridge in (({"cfg": 3.0, "audio_cfg": 7.0}, (3.0, 7.0), 1.0), ({"cfg": 5.0, "bridge_guidance": 3.5}, (5.0, 5.0), 3.5), ({"cfg": 1.0, "bridge_guidance": 2.0}, (1.0, 1.0), 2.0)):
+    for options, scales, bridge in (
+        ({"cfg": 3.0, "audio_cfg": 7.0}, (3.0, 7.0), 1.0),
+        ({"cfg": 5.0, "bridge_guidance": 3.5}, (5.0, 5.0), 3.5),
+        ({"cfg": 1.0, "bridge_guidance": 2.0}, (1.0, 1.0), 2.0),
+    ):
         video, audio = mova.sample(denoiser, **one, **options)
         for result, noise, stream, scale in ((video, loop["video_noise"], 0, scales[0]), (audio, loop["audio_noise"], 1, scales[1])):
             guided = alone[stream] + bridge * (negative[stream] - alone[stream]) + scale * (full[stream] - negative[stream])
@@ -161,7 +168,9 @@ def test_nan_names_step_and_stream(denoiser, loop, stream, key):
     with pytest.raises(SamplingError, match=r"step 1 of 4: the (video|audio) latents"):
         mova.sample(denoiser, **loop | {key: broken})
     with pytest.raises(SamplingError, match=f"the {stream} latents"):
-        mova.sample(denoiser, **loop | {key: broken}, bridge_guidance=1.0, cfg=1.0) if stream == "video" else mova.sample(DeafVideo(denoiser), **loop | {key: broken})
+        mova.sample(denoiser, **loop | {key: broken}, bridge_guidance=1.0, cfg=1.0) if stream == "video" else mova.sample(
+            DeafVideo(denoiser), **loop | {key: broken}
+        )
 
 
 class DeafVideo:

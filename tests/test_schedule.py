@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import golden_path
 from safetensors.torch import load_file
 
-from conftest import golden_path
 from mova import CheckpointError, InputError
 from mova.checkpoint import read_config
 from mova.schedule import ScheduleConfig, choose_experts, make_grid
@@ -18,7 +18,10 @@ RELEASE = ScheduleConfig(shift=5.0, extra_one_step=True)
 @pytest.fixture
 def scheduler(golden, golden_config):
     tensors, configs = golden("scheduler"), golden_config("scheduler")["configs"]
-    return lambda name: (read_config(ScheduleConfig, configs[name], name), {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")})
+    return lambda name: (
+        read_config(ScheduleConfig, configs[name], name),
+        {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")},
+    )
 
 
 def assert_table(timesteps, expected):
@@ -98,7 +101,19 @@ def test_released_grid_of_50_steps():
     torch.testing.assert_close(audio, torch.tensor([1000, 750.7485, 501.4970, 252.2455]), rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize(("steps", "schedule", "high"), [(50, "reference", 18), (25, "reference", 9), (40, "reference", 15), (20, "reference", 8), (4, "reference", 2), (8, "simple", 3), (50, "simple", 18), (6, "simple", 3)])
+@pytest.mark.parametrize(
+    ("steps", "schedule", "high"),
+    [
+        (50, "reference", 18),
+        (25, "reference", 9),
+        (40, "reference", 15),
+        (20, "reference", 8),
+        (4, "reference", 2),
+        (8, "simple", 3),
+        (50, "simple", 18),
+        (6, "simple", 3),
+    ],
+)
 def test_expert_switch(steps, schedule, high):
     experts = choose_experts(make_grid(RELEASE, steps, schedule=schedule).timesteps, 900.0)
     assert experts == ["high"] * high + ["low"] * (steps - high)
@@ -111,7 +126,9 @@ def test_simple_schedule_is_used_exactly():
     assert float(make_grid(RELEASE, 4, schedule="simple", denoise=0.5).sigmas[0]) == pytest.approx(5 * 0.5 / (1 + 4 * 0.5))
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"steps": 2000}, {"denoise": 0.0}, {"denoise": 1.5}, {"shift": -1.0}, {"shift": float("nan")}, {"schedule": "karras"}])
+@pytest.mark.parametrize(
+    "wrong", [{"steps": 0}, {"steps": 2000}, {"denoise": 0.0}, {"denoise": 1.5}, {"shift": -1.0}, {"shift": float("nan")}, {"schedule": "karras"}]
+)
 def test_bad_values_are_named(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):
         make_grid(RELEASE, **({"steps": 4} | wrong))

@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
+from conftest import distance, golden_path
 from safetensors.torch import load_file
 
-from conftest import distance, golden_path
 from mova import CheckpointError
 from mova.bridge import Bridge, BridgeConfig, Conditioner
 from mova.checkpoint import open_component, read_config
@@ -233,7 +233,11 @@ def test_pooling_and_small_states(golden):
 
 def test_released_keys_and_parameters():
     with torch.device("meta"):
-        parts = {"video": (VideoTower(TowerConfig()), 1095, 14_288_901_184), "audio": (AudioTower(AudioTowerConfig()), 825, 1_419_193_472), "bridge": (Bridge(BridgeConfig()), 720, 2_659_737_600)}
+        parts = {
+            "video": (VideoTower(TowerConfig()), 1095, 14_288_901_184),
+            "audio": (AudioTower(AudioTowerConfig()), 825, 1_419_193_472),
+            "bridge": (Bridge(BridgeConfig()), 720, 2_659_737_600),
+        }
     for module, tensors, parameters in parts.values():
         state = module.state_dict()
         assert (len(state), sum(tensor.numel() for tensor in state.values())) == (tensors, parameters)
@@ -241,7 +245,9 @@ def test_released_keys_and_parameters():
     assert video["patch_embedding.weight"].shape == (5120, 36, 1, 2, 2) and video["head.modulation"].shape == (1, 2, 5120)
     assert video["time_projection.1.weight"].shape == (30720, 5120) and video["blocks.39.ffn.0.weight"].shape == (13824, 5120)
     assert audio["patch_embedding.weight"].shape == (1536, 128, 1) and audio["blocks.29.cross_attn.norm_k.weight"].shape == (1536,)
-    assert bridge["audio_to_video_conditioners.29.inner.k.weight"].shape == (5120, 1536) and bridge["video_to_audio_conditioners.0.y_norm.bias"].shape == (5120,)
+    assert bridge["audio_to_video_conditioners.29.inner.k.weight"].shape == (5120, 1536) and bridge["video_to_audio_conditioners.0.y_norm.bias"].shape == (
+        5120,
+    )
 
 
 def fill(module, ones=("norm_q.weight", "norm_k.weight", "norm3.weight", "y_norm.weight")):
