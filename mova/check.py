@@ -47,7 +47,7 @@ def check(
 ) -> Iterator[Finding]:
     """Findings one by one as they are measured. CheckpointError when a part is incomplete."""
     check_size(height, width, FRAMES)
-    yield Finding("machine", f"torch {torch.__version__}, {device}", platform.platform(), True)
+    yield Finding("machine", f"torch {torch.__version__}, {device}", f"any; this is {platform.platform()}", True)
     denoiser = load_denoiser(folder, device=device, dtype=dtype, residency=residency)
     yield Finding("video_dit, video_dit_2, audio_dit, bridge", "all tensors, all shapes", "all", True)
     context = yield from check_text(folder, device, dtype)
