@@ -161,6 +161,9 @@ def half_table(position: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, 
 
 def rotate_halves(x: Tensor, rope: tuple[Tensor, Tensor], heads: int) -> Tensor:
     """Rotates (k, k + d/2) of every head of [B, L, heads * d], in the dtype of x."""
-    x = x.unflatten(-1, (heads, -1))
-    first, second = x.chunk(2, dim=-1)
-    return (x * rope[0] + torch.cat((-second, first), dim=-1) * rope[1]).flatten(2)
+    x, (cos, sin) = x.unflatten(-1, (heads, -1)), rope
+    half = x.shape[-1] // 2
+    rotated = x * cos
+    rotated[..., :half].sub_(x[..., half:] * sin[..., :half])
+    rotated[..., half:].add_(x[..., :half] * sin[..., half:])
+    return rotated.flatten(2)

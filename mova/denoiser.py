@@ -162,15 +162,12 @@ class JointRun:
         self.groups = self.group(branches)
         tower, audio_tower = denoiser.parts.experts["high"], denoiser.parts.audio
         self.grid: Grid = tuple(size // patch for size, patch in zip(video.shape[2:], tower.config.patch_size, strict=True))
-        self.video_rope, self.audio_rope = self.place(tower.rope(self.grid)), self.place(audio_tower.rope(audio.shape[2]))
+        self.video_rope, self.audio_rope = tower.rope(self.grid).to(self.device), audio_tower.rope(audio.shape[2]).to(self.device)
         aligned = denoiser.parts.bridge.rope(self.grid, audio.shape[2], fps, self.dtype)
-        self.bridge_ropes = None if aligned is None else (self.place(aligned.video), self.place(aligned.audio))
+        self.bridge_ropes = None if aligned is None else tuple((cos.to(self.device), sin.to(self.device)) for cos, sin in aligned)
         self.expert: str | None = None
         self.video_times: dict[int, tuple[Tensor, Tensor]] = {}
         self.audio_times: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def place(self, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return table[0].to(self.device), table[1].to(self.device)
 
     def group(self, branches: list[Branch]) -> list[Group]:
         """On the CPU branches of one kind run as one batch, which is faster; on a GPU one by one, which needs less memory."""

@@ -1,7 +1,7 @@
 """What both towers are made of: attention, rotary positions, and the DiT block (spec/mova.md 3.1, 3.5, 3.6).
 
-Layouts: tokens [B, L, D]; queries, keys and values [B, L, heads * head_dim]; a rotary table is (cos, sin), each
-[L, 1, head_dim / 2] float32. The block is cut into pre / post / rest so that joint attention can sit between its parts.
+Layouts: tokens [B, L, D]; queries, keys and values [B, L, heads * head_dim]; a rotary table is e^(i angle), complex64
+[L, 1, head_dim / 2]. The block is cut into pre / post / rest so that joint attention can sit between its parts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Rope = tuple[Tensor, Tensor]
 ROPE_BASE = 10000.0
 IMAGE_TOKENS = 257  # CLIP tokens at the head of the context, where a block has image attention
 
@@ -29,17 +28,15 @@ def frequencies(dim: int) -> Tensor:
     return ROPE_BASE ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
 
 
-def rope_table(angles: Tensor) -> Rope:
-    """(cos, sin) float32 [L, 1, head_dim / 2] of float64 angles [L, head_dim / 2]."""
-    return angles.cos().float().unsqueeze(1), angles.sin().float().unsqueeze(1)
+def rope_table(angles: Tensor) -> Tensor:
+    """e^(i angle), complex64 [L, 1, head_dim / 2], of float64 angles [L, head_dim / 2]."""
+    return torch.complex(angles.cos().float(), angles.sin().float()).unsqueeze(1)
 
 
-def rotate_pairs(x: Tensor, rope: Rope, heads: int) -> Tensor:
+def rotate_pairs(x: Tensor, rope: Tensor, heads: int) -> Tensor:
     """Rotates the interleaved pairs (2k, 2k+1) of every head of [B, L, heads * head_dim]: in float32, rounded once."""
-    cos, sin = rope
-    even, odd = x.unflatten(-1, (heads, -1, 2)).float().unbind(-1)  # [B, L, H, d / 2]
-    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return rotated.flatten(2).to(x.dtype)  # [B, L, H * d]
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (heads, -1, 2)))  # [B, L, H, d / 2]
+    return torch.view_as_real(pairs * rope).flatten(2).to(x.dtype)  # [B, L, H * d]
 
 
 def sinusoid(timestep: Tensor, dim: int) -> Tensor:
@@ -120,7 +117,7 @@ class Block(nn.Module):
         self.norm3 = nn.LayerNorm(dim, eps=eps)
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
 
-    def forward(self, x: Tensor, text: TextKeys, t_mod: Tensor, rope: Rope) -> Tensor:
+    def forward(self, x: Tensor, text: TextKeys, t_mod: Tensor, rope: Tensor) -> Tensor:
         """x [B, L, D]; t_mod [B, 1 or L, 6, D] (1 = the same for all tokens)."""
         mod = self.modulate(t_mod)
         q, k, v = self.pre(x, mod, rope)
@@ -130,7 +127,7 @@ class Block(nn.Module):
         """shift, scale, gate of attention, then of the feed-forward; each [B, 1 or L, D]."""
         return (self.modulation + t_mod).unbind(-2)
 
-    def pre(self, x: Tensor, mod: tuple[Tensor, ...], rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+    def pre(self, x: Tensor, mod: tuple[Tensor, ...], rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of self-attention, normalised and rotated; each [B, L, D]."""
         attn, y = self.self_attn, shifted_norm(x, mod[0], mod[1], self.eps)
         q = rotate_pairs(attn.norm_q(attn.q(y)), rope, self.heads)

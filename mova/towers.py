@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import CheckpointError
-from .layers import Block, Rope, collapse_padding, frequencies, rope_table, shifted_norm, sinusoid
+from .layers import Block, collapse_padding, frequencies, rope_table, shifted_norm, sinusoid
 
 Grid = tuple[int, int, int]  # tokens along time, rows, columns
 
@@ -135,7 +135,7 @@ class VideoTower(Tower):
         patches = self.head(x, t).unflatten(-1, (*self.config.patch_size, -1)).unflatten(1, grid)  # [B, T, h2, w2, pf, ph, pw, C]
         return patches.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
-    def rope(self, grid: Grid) -> Rope:
+    def rope(self, grid: Grid) -> Tensor:
         """A share of every head for each axis; each share has its own exponent (spec 3.5)."""
         side = 2 * (self.config.head_dim // 6)
         shares = (self.config.head_dim - 2 * side, side, side)
@@ -159,7 +159,7 @@ class AudioTower(Tower):
     def predict(self, x: Tensor, t: Tensor) -> Tensor:
         return self.head(x, t).transpose(1, 2)  # [B, out_dim, Ta]
 
-    def rope(self, length: int) -> Rope:
+    def rope(self, length: int) -> Tensor:
         positions = torch.arange(length, dtype=torch.float64)[:, None]
         if self.config.vae_type != "oobleck":
             return rope_table(positions * frequencies(self.config.head_dim))
