@@ -38,6 +38,8 @@ class Size:
 
 SIZES = {
     "mid": Size(),
+    # 24 thin layers: an expert is many layers large, as in the release, and writes in seconds (0.5 GB in bfloat16)
+    "memory": Size(64, 12, 24, 2048, 6, 20, 1024, 256, 64, 64, 16, (3, 8, 8), 19),
     "small": Size(48, 4, 3, 448, 2, 2, 224, 64, 512, 32, 16, (3, 6, 8), 19),
 }
 

@@ -1,0 +1,291 @@
+"""Every touch of ComfyUI beside comfy_api.latest: folders, devices and memory, progress, preview, cancel, VAE sockets."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import comfy.utils
+import folder_paths
+import torch
+from comfy import model_management
+from torch import Tensor
+
+from ..mova.audio_vae import AudioVAE, AudioVAEConfig
+from ..mova.checkpoint import open_component, read_config, weight_files
+from ..mova.errors import InputError
+from ..mova.sampler import Step
+from ..mova.video_vae import DECODE_BYTES, ENCODE_BYTES, VideoVAE
+
+MODELS = "mova"  # the folder below models/, and its name in extra_model_paths.yaml
+NO_MODEL = "put a MOVA folder into models/mova"
+DEPTH = 4  # sub-folders searched below models/mova, so that a link in a circle ends
+PREVIEW_SECONDS = 1 / 6  # per latent frame of 4 pictures: a moving preview at the clip's own speed, 24 pictures per second
+SOUND_BYTES = 2048  # the audio VAE's peak per sample: eight float32 tensors of its last stage's 64 channels
+
+# ---------------------------------------------------------------- model folders
+
+
+def register_folders() -> None:
+    folder_paths.add_model_folder_path(MODELS, os.path.join(folder_paths.models_dir, MODELS))
+
+
+def model_folders() -> dict[str, Path]:
+    """Checkpoint folders (with model_index.json) by the name shown: the path below their root with forward slashes."""
+    found: dict[str, Path] = {}
+    for root in map(Path, folder_paths.get_folder_paths(MODELS)):
+        for folder, inside, files in os.walk(root, followlinks=True):
+            place = Path(folder).relative_to(root)
+            if "model_index.json" in files:
+                found.setdefault(place.as_posix() if place.parts else root.name, Path(folder))
+                inside.clear()
+            elif len(place.parts) == DEPTH:
+                inside.clear()
+    return dict(sorted(found.items()))
+
+
+def model_names() -> list[str]:
+    """The choices of a model widget, never empty."""
+    return list(model_folders()) or [NO_MODEL]
+
+
+def check_model_name(name: str) -> str | None:
+    """What to do when `name` is not in the list; None when it is. Only listed folders are ever opened."""
+    names = list(model_folders())
+    if name in names:
+        return None
+    root = Path(folder_paths.get_folder_paths(MODELS)[0])
+    given = "No model is chosen." if name == NO_MODEL else f"'{name}' is no folder with model_index.json in {root}."
+    return (
+        f"{given} Found there: {', '.join(names) or 'none'}. Download a MOVA checkpoint, for example with "
+        f"'hf download OpenMOSS-Team/MOVA-360p --local-dir {root / 'MOVA-360p'}', press R in ComfyUI and choose it."
+    )
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a listed name; InputError for any other."""
+    if (complaint := check_model_name(name)) is not None:
+        raise InputError(complaint)
+    return model_folders()[name]
+
+
+def text_cache() -> Path:
+    """Where encoded prompts are kept; ComfyUI does not serve user folders that begin with two underscores."""
+    return Path(folder_paths.get_user_directory()) / "__mova" / "text_cache"
+
+
+# ---------------------------------------------------------------- devices and memory
+
+
+def torch_device() -> torch.device:
+    return model_management.get_torch_device()
+
+
+def text_device() -> torch.device:
+    return model_management.text_encoder_device()
+
+
+def intermediate_device() -> torch.device:
+    """Where what goes from node to node lies."""
+    return model_management.intermediate_device()
+
+
+def free_memory(need: int, device: torch.device) -> None:
+    """Asks ComfyUI to put away models of its own until `need` bytes are free on the device."""
+    model_management.free_memory(need, device)
+
+
+def bytes_on_disk(folder: Path, *parts: str) -> int:
+    """Size of the weights of these sub-folders of a checkpoint."""
+    return sum(file.stat().st_size for part in parts for file in weight_files(open_component(folder, part).folder))
+
+
+@contextmanager
+def placed(vae: Any, need: float) -> Iterator[Any]:
+    """A VAE of ours on the VAE device while the block runs; afterwards, however it ends, it is on the CPU again."""
+    device = model_management.vae_device()
+    free_memory(int(need), device)
+    try:
+        yield vae.to(device)
+    finally:
+        vae.to("cpu")
+
+
+# ---------------------------------------------------------------- progress, preview, cancel
+
+
+def check_cancel() -> None:
+    """Raises ComfyUI's interrupt when the user asked for it; call it from the thread that executes the node."""
+    model_management.throw_exception_if_processing_interrupted()
+
+
+class ChunkProgress:
+    """Bar and cancel of a VAE's work; to be called with (done, total)."""
+
+    def __init__(self) -> None:
+        self.bar = comfy.utils.ProgressBar(1)
+
+    def __call__(self, done: int, total: int) -> None:
+        check_cancel()
+        self.bar.update_absolute(done, total)
+
+
+class SamplingProgress:
+    """Bar, moving preview and cancel of one sampling run; its methods are the sampler's callbacks."""
+
+    def __init__(self, steps: int, device: torch.device) -> None:
+        self.steps, self.step, self.layers = steps, 0, 1
+        self.bar = comfy.utils.ProgressBar(steps)
+        self.previewer = find_previewer(device)
+        self.clean: Tensor | None = None  # predicted clean latents of the last step
+        self.frame, self.shown = 0, 0.0
+
+    def on_layer(self, done: int, total: int) -> None:
+        check_cancel()
+        self.layers = total
+        due = time.monotonic() - self.shown >= PREVIEW_SECONDS
+        self.bar.update_absolute(self.step * total + done, self.steps * total, self.next_picture() if due else None)
+
+    def on_step(self, step: Step) -> None:
+        check_cancel()
+        self.step, self.clean = step.index + 1, step.video[:1].cpu()
+        self.bar.update_absolute(self.step * self.layers, self.steps * self.layers, self.next_picture())
+
+    def next_picture(self) -> tuple | None:
+        """The next latent frame of the clip as the host shows it; None where there is no previewer, or nothing predicted yet."""
+        if self.previewer is None or self.clean is None:
+            return None
+        self.frame = (self.frame + 1) % self.clean.shape[2]
+        self.shown = time.monotonic()
+        return self.previewer.decode_latent_to_preview_image("JPEG", self.clean[:, :, self.frame : self.frame + 1])
+
+
+def find_previewer(device: torch.device) -> Any | None:
+    """The host's previewer for Wan latents; None when previews are switched off or the host has none."""
+    try:
+        import latent_preview
+        from comfy.latent_formats import Wan21
+    except ImportError:
+        return None
+    return latent_preview.get_previewer(device, Wan21())
+
+
+# ---------------------------------------------------------------- VAE sockets
+
+
+class VideoVAESocket:
+    """The library's video VAE as core nodes use a VAE. Latents are in VAE space; results are new tensors, channel last."""
+
+    def __init__(self, vae: VideoVAE, folder: Path) -> None:
+        self.vae, self.folder = vae, folder
+        self.latent_channels = vae.latent_channels
+        self.temporal_compression, self.spatial_compression = vae.temporal_compression, vae.spatial_compression
+
+    def decode(self, samples: Tensor, tiling: str | tuple[int, int] = "auto") -> Tensor:
+        """[B, 16, T, h, w] -> [B, F, H, W, 3] in 0..1."""
+        height, width = (side * self.spatial_compression for side in samples.shape[-2:])
+        with placed(self.vae, self.peak_bytes(DECODE_BYTES, height, width)) as vae:
+            film = vae.decode(samples, tiling=tiling, on_chunk=ChunkProgress())
+        return film.unflatten(0, (samples.shape[0], -1)).to(intermediate_device())
+
+    def decode_tiled(self, samples: Tensor, tile_x: int | None = None, tile_y: int | None = None, overlap: int | None = None, **_: Any) -> Tensor:
+        """As `decode`, in square tiles of tile_x latents; time needs no tiles, one latent frame is decoded after another."""
+        cell = self.spatial_compression
+        return self.decode(samples, "on" if tile_x is None else fit_tiles(tile_x * cell, (overlap or 0) * cell, cell))
+
+    def encode(self, pixels: Tensor, tiling: str | tuple[int, int] = "auto") -> Tensor:
+        """[F, H, W, 3 or more] in 0..1 -> [1, 16, T, h, w]; what is beyond multiples of 8 px and 4n+1 frames is cut, as core does."""
+        frames, height, width, _ = pixels.shape
+        cell, group = self.spatial_compression, self.temporal_compression
+        top, left = height % cell // 2, width % cell // 2
+        film = pixels[: (frames - 1) // group * group + 1, top : top + height // cell * cell, left : left + width // cell * cell, :3]
+        with placed(self.vae, self.peak_bytes(ENCODE_BYTES, height, width)) as vae:
+            return vae.encode(film, tiling=tiling, on_chunk=ChunkProgress()).to(intermediate_device())
+
+    def encode_tiled(self, pixels: Tensor, tile_x: int | None = None, tile_y: int | None = None, overlap: int | None = None, **_: Any) -> Tensor:
+        """As `encode`, in square tiles of tile_x pixels."""
+        return self.encode(pixels, "on" if tile_x is None else fit_tiles(tile_x, overlap or 0, self.spatial_compression))
+
+    def encode_chunks(self, chunks: Iterator[Tensor], *, height: int, width: int, **settings: Any) -> Tensor:
+        """As `VideoVAE.encode_chunks`, on the VAE device."""
+        with placed(self.vae, self.peak_bytes(ENCODE_BYTES, height, width)) as vae:
+            return vae.encode_chunks(chunks, height=height, width=width, **settings | {"on_chunk": ChunkProgress()})
+
+    def audio_clock(self) -> AudioVAEConfig:
+        """The rates of the sound that belongs to this checkpoint."""
+        return read_audio_clock(self.folder)
+
+    def peak_bytes(self, bytes_per_pixel: int, height: int, width: int) -> float:
+        """Without tiles; bytes_per_pixel was measured in bf16."""
+        return bytes_per_pixel * height * width * self.vae.dtype.itemsize / 2
+
+    def spacial_compression_decode(self) -> int:  # core's spelling
+        return self.spatial_compression
+
+    def spacial_compression_encode(self) -> int:
+        return self.spatial_compression
+
+    def temporal_compression_decode(self) -> int:
+        return self.temporal_compression
+
+    def throw_exception_if_invalid(self) -> None:
+        """A VAE that could be loaded is valid."""
+
+
+class AudioVAESocket:
+    """The library's audio VAE as core nodes use a VAE: sound [B, S, C] and latents [B, Ca, Ta]; results are new tensors."""
+
+    def __init__(self, vae: AudioVAE) -> None:
+        self.vae = vae
+        self.latent_channels, self.audio_sample_rate = vae.latent_channels, vae.sample_rate
+
+    def decode(self, samples: Tensor) -> Tensor:
+        """[B, Ca, Ta] -> [B, S, 1]."""
+        check_cancel()
+        with placed(self.vae, self.peak_bytes(samples.shape[0] * samples.shape[-1] * self.vae.hop)) as vae:
+            return vae.decode(samples).movedim(1, -1).to(intermediate_device())
+
+    def encode(self, sound: Tensor, sample_rate: int | None = None) -> Tensor:
+        """[B, S, C] -> [B, Ca, Ta]; sample_rate None = `audio_sample_rate`, which core resamples to before it calls."""
+        check_cancel()
+        with placed(self.vae, self.peak_bytes(sound.shape[0] * sound.shape[1])) as vae:
+            return vae.encode(sound.movedim(-1, 1), sample_rate or self.audio_sample_rate).to(intermediate_device())
+
+    def decode_tiled(self, samples: Tensor, **_: Any) -> Tensor:
+        """As `decode`: a clip's sound fits in memory whole."""
+        return self.decode(samples)
+
+    def encode_tiled(self, sound: Tensor, **_: Any) -> Tensor:
+        return self.encode(sound)
+
+    def audio_clock(self) -> AudioVAEConfig:
+        return self.vae.config
+
+    def peak_bytes(self, samples: int) -> int:
+        return samples * SOUND_BYTES + sum(weight.nbytes for weight in self.vae.weights.values())
+
+    def spacial_compression_decode(self) -> int:
+        return self.vae.hop
+
+    def spacial_compression_encode(self) -> int:
+        return self.vae.hop
+
+    def temporal_compression_decode(self) -> None:
+        """Core asks this of video VAEs."""
+
+    def throw_exception_if_invalid(self) -> None:
+        """A VAE that could be loaded is valid."""
+
+
+def read_audio_clock(folder: Path) -> AudioVAEConfig:
+    return read_config(AudioVAEConfig, open_component(folder, "audio_vae").config, "audio_vae/config.json")
+
+
+def fit_tiles(tile: int, overlap: int, cell: int) -> tuple[int, int]:
+    """(tile, stride) in pixels, multiples of `cell`, from a tile size and an overlap in pixels."""
+    tile = max(tile // cell, 1) * cell
+    return tile, max((tile - overlap) // cell, 1) * cell
