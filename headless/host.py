@@ -18,7 +18,6 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import psutil
 import torch
 
 from . import WorkflowError, say
@@ -168,12 +167,6 @@ def get_torch_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def get_free_memory(dev: torch.device | None = None) -> int:
-    if (device := dev or get_torch_device()).type == "cpu":
-        return psutil.virtual_memory().available
-    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-
-
 class ProgressBar:
     """Progress on stderr: one line that updates on a terminal, at most five lines elsewhere."""
 
@@ -206,7 +199,7 @@ def installed(models: Path, inputs: Path, outputs: Path) -> Iterator[None]:
         raise WorkflowError("ComfyUI runs in this process: queue the workflow there. headless is for machines without it.")
     devices = {**dict.fromkeys(("get_torch_device", "text_encoder_device", "vae_device"), get_torch_device),
                **dict.fromkeys(("intermediate_device", "unet_offload_device"), partial(torch.device, "cpu"))}  # fmt: skip
-    management = build_module("comfy.model_management", **devices, get_free_memory=get_free_memory, throw_exception_if_processing_interrupted=lambda: None,
+    management = build_module("comfy.model_management", **devices, throw_exception_if_processing_interrupted=lambda: None,
                               free_memory=lambda memory_required, device, keep_loaded=(): [], soft_empty_cache=lambda force=False: torch.cuda.empty_cache(),
                               InterruptProcessingException=KeyboardInterrupt)  # fmt: skip
     utils, latest = build_module("comfy.utils", ProgressBar=ProgressBar), build_module("comfy_api.latest", ComfyExtension=ComfyExtension, io=io, ui=ui)
