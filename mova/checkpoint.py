@@ -36,11 +36,13 @@ IMPOSTORS = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: `dtype` is the safetensors name, such as "BF16"."""
+    """Where one tensor lies: `dtype` is the safetensors name, such as "BF16"; `offset` and `nbytes` say which bytes of the file."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    offset: int
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,7 @@ class Component:
     @cached_property
     def index(self) -> dict[str, TensorEntry]:
         """Every stored tensor by name, from the file headers alone."""
-        index: dict[str, TensorEntry] = {}
-        for file in weight_files(self.folder):
-            with open_safetensors(file) as handle:
-                for key in handle.keys():
-                    view = handle.get_slice(key)
-                    index[key] = TensorEntry(file, tuple(view.get_shape()), view.get_dtype())
-        return index
+        return {key: entry for file in weight_files(self.folder) for key, entry in read_header(file).items()}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor as a view of its mapped file: pages are read when they are computed with."""
@@ -154,6 +150,19 @@ def open_safetensors(file: Path) -> safe_open:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{file} {diagnose_file(file, error)}") from None
+
+
+def read_header(file: Path) -> dict[str, TensorEntry]:
+    """The tensors of one file by name; CheckpointError when it is no whole safetensors file."""
+    with open_safetensors(file), file.open("rb") as stream:  # opening checks the header against the file's size
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    entries = {}
+    for key, value in header.items():
+        start, end = value["data_offsets"]
+        entries[key] = TensorEntry(file, tuple(value["shape"]), value["dtype"], 8 + length + start, end - start)
+    return entries
 
 
 def diagnose_file(file: Path, error: Exception) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 
 from .audio_vae import DAC, AudioVAEConfig, stored_shapes
 from .bridge import Bridge, BridgeConfig
-from .checkpoint import Component, TensorEntry, compare_tensors, open_component, open_safetensors, read_config, read_json
+from .checkpoint import Component, TensorEntry, compare_tensors, open_component, open_safetensors, read_config, read_header, read_json
 from .errors import CheckpointError, InputError
 from .schedule import ScheduleConfig
 from .text import EMBEDDING, TextEncoderConfig, import_transformers, read_tokenizer
@@ -22,7 +22,6 @@ from .towers import AudioTower, AudioTowerConfig, TowerConfig, VideoTower
 from .video_vae import VideoVAEConfig, read_vae_config
 
 Shapes = dict[str, tuple[int, ...]]
-BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}  # all other safetensors types take one
 
 # ---------------------------------------------------------------- the parts of a checkpoint
 
@@ -250,8 +249,7 @@ def inspect_file(file: Path) -> Report:
     try:
         with open_safetensors(file) as handle:
             metadata = handle.metadata() or {}
-            views = {key: handle.get_slice(key) for key in handle.keys()}
-            index = {key: TensorEntry(file, tuple(view.get_shape()), view.get_dtype()) for key, view in views.items()}
+        index = read_header(file)
     except CheckpointError as error:
         return Report(file, str(error).removeprefix(f"{file} is "), complete=False)
     weights = count_weights(index)
@@ -279,8 +277,7 @@ def recognise_weights(index: Mapping[str, TensorEntry]) -> str:
 
 def count_weights(index: Mapping[str, TensorEntry]) -> Weights:
     sizes = [math.prod(entry.shape) for entry in index.values()]
-    stored = sum(size * BYTES.get(entry.dtype, 1) for size, entry in zip(sizes, index.values(), strict=True))
-    return Weights(len(index), sum(sizes), stored, tuple(sorted({entry.dtype for entry in index.values()})))
+    return Weights(len(index), sum(sizes), sum(entry.nbytes for entry in index.values()), tuple(sorted({entry.dtype for entry in index.values()})))
 
 
 def add_up(weights: list[Weights]) -> Weights:
