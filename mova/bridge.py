@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import CheckpointError
-from .layers import ROPE_BASE, attention
+from .layers import ROPE_BASE, attention, map_rows, update_rows
 from .towers import Grid
 
 TEMPORAL_STRIDE = 4  # pixel frames per latent frame after the first (the video VAE)
@@ -111,15 +111,23 @@ class Conditioner(nn.Module):
             self.per_frame_pooling, self.adaln = FramePooling(other, self.heads), AdaLN(dim, other)
 
     def forward(self, x: Tensor, y: Tensor, ropes: tuple | None, scale: float | Tensor | None = None, grid: Grid | None = None) -> Tensor:
-        """x [B, Lx, D], y [B, Ly, Dy]; ropes of (x, y) or None; scale None = the trained one, else 1; grid for frame pooling."""
-        inner, seen = self.inner, self.y_norm(y)
-        q, k = inner.norm_q(inner.q(self.normalise(x, y, grid))), inner.norm_k(inner.k(seen))
-        if ropes is not None:
-            q, k = rotate_halves(q, ropes[0], self.heads), rotate_halves(k, ropes[1], self.heads)
-        found = inner.o(attention(q, k, inner.v(seen), self.heads))
+        """x [B, Lx, D], which is given up, y [B, Ly, Dy]; ropes of (x, y) or None; scale None = the trained one, else 1; grid for frame pooling."""
+        k, v = map_rows(y, lambda part, rows: self.keys(part, ropes and at(ropes[1], rows)))  # [B, Ly, D]
+        asking = self.normalise(x, y, grid)
         if scale is None:
             scale = getattr(self, "condition_scale", 1.0)
-        return found.mul_(scale).add_(x)
+
+        def hear(part: Tensor, rows: slice) -> Tensor:
+            q = self.inner.norm_q(self.inner.q(asking[:, rows]))
+            q = q if ropes is None else rotate_halves(q, at(ropes[0], rows), self.heads)
+            return self.inner.o(attention(q, k, v, self.heads)).mul_(scale).add_(part)
+
+        return update_rows(x, hear)
+
+    def keys(self, y: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        seen = self.y_norm(y)
+        k = self.inner.norm_k(self.inner.k(seen))
+        return k if rope is None else rotate_halves(k, rope, self.heads), self.inner.v(seen)
 
     def normalise(self, x: Tensor, y: Tensor, grid: Grid | None) -> Tensor:
         """x as the query reads it: as it is, or (pooled AdaLN) normalised by the frames of y at the same time."""
@@ -150,6 +158,10 @@ class Bridge(nn.Module):
             position = torch.where(frame > 0, (1 / fps + (frame - 1) * (TEMPORAL_STRIDE / fps)) * config.audio_fps, 0.0)
         video = position.repeat_interleave(grid[1] * grid[2])
         return AlignedRope(half_table(video, config.head_dim, dtype), half_table(torch.arange(audio_length, dtype=torch.float32), config.head_dim, dtype))
+
+
+def at(rope: tuple[Tensor, Tensor], rows: slice) -> tuple[Tensor, Tensor]:
+    return rope[0][rows], rope[1][rows]
 
 
 def half_table(position: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

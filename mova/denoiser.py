@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -14,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .audio_vae import AudioVAEConfig
 from .bridge import Bridge, BridgeConfig
-from .checkpoint import check_tensors, checkpoint_folder, convert_value, open_component, read_config, read_json
-from .errors import CheckpointError, InputError
+from .checkpoint import Component, check_tensors, checkpoint_folder, convert_value, open_component, read_config, read_json
+from .errors import CheckpointError, InputError, SamplingError
 from .layers import Block, TextKeys
 from .residency import EXPERTS, Layer, Parts, Report, Residency
 from .schedule import ScheduleConfig
@@ -31,6 +32,9 @@ ATTENTION = {
     "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+NO_KERNEL = ("No available kernel", "No viable backend")  # how PyTorch says that the kernel insisted on does not fit
+BLOCK_PEAK = 2.7  # live activations of a block beside its tokens, in units of them (bench.ledger counts it)
+SMALL_TENSORS = 2**30  # bytes for all that does not grow with the clip, while the prompts are read
 OnLayer = Callable[[int, int], None]
 
 
@@ -101,8 +105,8 @@ class Denoiser:
         if expert not in ("auto", *EXPERTS):
             raise InputError(f"expert is {expert!r}; choose auto, high or low.")
         step = StepTimes(times, audio_times, self.choose_expert(times) if expert == "auto" else expert)
-        run = self.prepare(video, audio, condition, [Branch(context, a2v_scale, v2a_scale)], [step], fps)
-        ((video_velocity, audio_velocity),) = run.velocities(video, audio, 0)
+        with self.prepare(video, audio, condition, [Branch(context, a2v_scale, v2a_scale)], [step], fps) as run:
+            ((video_velocity, audio_velocity),) = run.velocities(video, audio, 0)
         return video_velocity.to(video.device), audio_velocity.to(audio.device)
 
     def choose_expert(self, timesteps: Tensor) -> str:
@@ -112,15 +116,29 @@ class Denoiser:
         return "high" if high.all() else "low"
 
     def prepare(self, video: Tensor, audio: Tensor, condition: Tensor, branches: list[Branch], steps: list[StepTimes], fps: float) -> JointRun:
-        """A run over `steps` for latents of these shapes; InputError when something does not fit."""
+        """A run over `steps` for latents of these shapes, to be used as a context; InputError when something does not fit."""
         check_streams(self, video, audio, condition, branches, steps, fps)
         return JointRun(self, video, audio, condition, branches, steps, fps)
 
-    def attention_backend(self) -> AbstractContextManager:
+    @contextmanager
+    def attention_backend(self) -> Iterator[None]:
+        """The chosen kernel while the block runs; InputError when there is no such kernel, or the device cannot compute with it."""
         if self.attention not in ATTENTION:
             raise InputError(f"attention is {self.attention!r}; choose {', '.join(ATTENTION)}.")
         backend = ATTENTION[self.attention]
-        return nullcontext() if backend is None else sdpa_kernel(backend)
+        if backend is None:
+            yield
+            return
+        try:
+            with sdpa_kernel(backend):
+                yield
+        except RuntimeError as error:
+            if not any(sign in str(error) for sign in NO_KERNEL):
+                raise
+            raise InputError(
+                f"The attention kernel '{self.attention}' of PyTorch {torch.__version__} cannot compute this on {self.device} in {self.dtype}: "
+                "choose 'auto', or another one."
+            ) from None
 
 
 class Prompt:
@@ -166,6 +184,7 @@ class JointRun:
         aligned = denoiser.parts.bridge.rope(self.grid, audio.shape[2], fps, self.dtype)
         self.bridge_ropes = None if aligned is None else tuple((cos.to(self.device), sin.to(self.device)) for cos, sin in aligned)
         self.expert: str | None = None
+        self.started = False
         self.video_times: dict[int, tuple[Tensor, Tensor]] = {}
         self.audio_times: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -181,18 +200,37 @@ class JointRun:
             groups.append(Group(together, context, branches[together[0]].a2v_scale, branches[together[0]].v2a_scale))
         return groups
 
-    def enter(self, expert: str) -> VideoTower:
+    def __enter__(self) -> JointRun:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.denoiser.residency.end()
+
+    def begin(self, k: int) -> None:
+        """Weights start to flow for step k and all that follow."""
+        experts = [step.expert for step in self.steps]
+        self.denoiser.residency.settle(self.activation_bytes())
+        self.denoiser.residency.begin([(expert, expert not in experts[k : k + later]) for later, expert in enumerate(experts[k:])])
+        self.expert, self.started = None, True
+
+    def activation_bytes(self) -> int:
+        """At most, at any time: the tokens of every branch, a block at work on one group, the keys of the prompts."""
+        config, batches = self.denoiser.parts.experts["high"].config, [len(group.branches) * self.batch for group in self.groups]
+        tokens = math.prod(self.grid) * config.dim
+        prompts = sum(2 * group.context.shape[0] * group.context.shape[1] * config.dim * config.num_layers for group in self.groups)
+        return int((tokens * (sum(batches) + BLOCK_PEAK * max(batches)) + prompts) * self.dtype.itemsize) + SMALL_TENSORS
+
+    def enter(self, expert: str) -> None:
         """Makes an expert the active one; its tower reads the prompts and the timesteps it will be asked at."""
-        tower, audio_tower = self.denoiser.residency.enter(expert), self.denoiser.parts.audio
-        if self.expert != expert:
-            for group in self.groups:
-                group.video_prompt = Prompt(tower, group.context)
-                group.audio_prompt = group.audio_prompt or Prompt(audio_tower, group.context)
-            asked = [k for k, step in enumerate(self.steps) if step.expert == expert]
-            self.video_times = self.embed_times(tower, {k: self.steps[k].video for k in asked})
-            self.audio_times = self.embed_times(audio_tower, {k: self.steps[k].audio for k in asked})
-            self.expert = expert
-        return tower
+        residency, audio_tower = self.denoiser.residency, self.denoiser.parts.audio
+        tower = residency.enter(expert)
+        asked = [k for k, step in enumerate(self.steps) if step.expert == expert]
+        self.video_times = self.embed_times(tower, {k: self.steps[k].video for k in asked})
+        self.audio_times = self.embed_times(audio_tower, {k: self.steps[k].audio for k in asked})
+        for group in self.groups:
+            group.video_prompt, group.audio_prompt = Prompt(tower, group.context), Prompt(audio_tower, group.context)
+        residency.put_preparation_away()
+        self.expert = expert
 
     def embed_times(self, tower: Tower, times: dict[int, Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
         """(t [1 or B, D], t_mod [1 or B, 1, 6, D]) of every step."""
@@ -200,35 +238,53 @@ class JointRun:
         return dict(zip(times, zip(t.to(self.dtype), t_mod.to(self.dtype), strict=True), strict=True))
 
     def velocities(self, video: Tensor, audio: Tensor, k: int, on_layer: OnLayer | None = None) -> list[tuple[Tensor, Tensor]]:
-        """Step k: (video velocity, audio velocity) of every branch, float32 on the device; on_layer(done, total) may raise to cancel."""
-        expert = self.steps[k].expert
-        then = self.steps[k + 1].expert if k + 1 < len(self.steps) else None
-        tower, audio_tower = self.enter(expert), self.denoiser.parts.audio
-        with self.denoiser.attention_backend():
-            x, _ = tower.embed(torch.cat((video.to(self.condition), self.condition), dim=1).to(self.dtype))  # [B, Lv, D]
-            y = audio_tower.embed(audio.to(self.device, self.dtype))  # [B, Ta, Da]
-            states = [(x.repeat(len(group.branches), 1, 1), y.repeat(len(group.branches), 1, 1)) for group in self.groups]
-            for i, layer in enumerate(self.denoiser.residency.walk(expert, then)):
+        """Step k: (video velocity, audio velocity) of every branch, float32 on the device; on_layer(done, total) may raise to cancel.
+
+        Steps are asked in order. Where the device runs out of memory, fewer layers are kept on it and the step is tried again.
+        """
+        while True:
+            try:
+                if not self.started:
+                    self.begin(k)
+                if self.expert != self.steps[k].expert:
+                    self.enter(self.steps[k].expert)
+                with self.denoiser.attention_backend():
+                    return self.forward(video, audio, k, on_layer)
+            except torch.OutOfMemoryError as error:
+                self.started = False
+                if not self.denoiser.residency.shrink():
+                    raise SamplingError(
+                        f"The device has too little memory for this clip even with the weights streamed ({error}): make it smaller or shorter, or close other programs."
+                    ) from error
+
+    def forward(self, video: Tensor, audio: Tensor, k: int, on_layer: OnLayer | None) -> list[tuple[Tensor, Tensor]]:
+        tower, audio_tower = self.denoiser.parts.experts[self.steps[k].expert], self.denoiser.parts.audio
+        x, _ = tower.embed(torch.cat((video.to(self.condition), self.condition), dim=1).to(self.dtype))  # [B, Lv, D]
+        y = audio_tower.embed(audio.to(self.device, self.dtype))  # [B, Ta, Da]
+        states = [(x.repeat(len(group.branches), 1, 1), y.repeat(len(group.branches), 1, 1)) for group in self.groups]
+        del x, y
+        with closing(self.denoiser.residency.walk(self.steps[k].expert)) as layers:  # a layer in use is given back on cancel, too
+            for i, layer in enumerate(layers):
                 for g, group in enumerate(self.groups):
                     states[g] = self.pass_layer(i, layer, group, k, *states[g])
                 if on_layer is not None:
                     on_layer(i + 1, len(tower.blocks))
-            predicted: list = [None] * self.branches
-            for group, (x, y) in zip(self.groups, states, strict=True):
-                v = tower.predict(x, self.repeat(self.video_times[k][0], group), self.grid).float()
-                a = audio_tower.predict(y, self.repeat(self.audio_times[k][0], group)).float()
-                for branch, pair in zip(group.branches, zip(v.split(self.batch), a.split(self.batch), strict=True), strict=True):
-                    predicted[branch] = pair
+        predicted: list = [None] * self.branches
+        for group, (x, y) in zip(self.groups, states, strict=True):
+            v = tower.predict(x, self.repeat(self.video_times[k][0], group), self.grid).float()
+            a = audio_tower.predict(y, self.repeat(self.audio_times[k][0], group)).float()
+            for branch, pair in zip(group.branches, zip(v.split(self.batch), a.split(self.batch), strict=True), strict=True):
+                predicted[branch] = pair
         return predicted
 
     def pass_layer(self, i: int, layer: Layer, group: Group, k: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """One layer for one group; the bridge comes first, and both directions read the states from before it."""
-        to_video = layer.to_video if group.a2v_scale else None
-        to_audio = layer.to_audio if group.v2a_scale else None
-        ropes = self.bridge_ropes
-        seen = to_video(x, y, ropes, group.a2v_scale) if to_video else x
-        heard = to_audio(y, x, ropes and ropes[::-1], group.v2a_scale, self.grid) if to_audio else y
-        x = layer.video(seen, group.video_prompt.at(i, layer.video), self.repeat(self.video_times[k][1], group), self.video_rope)
+        ropes, heard = self.bridge_ropes, y
+        if layer.to_audio is not None and group.v2a_scale:
+            heard = layer.to_audio(y.clone(), x, ropes and ropes[::-1], group.v2a_scale, self.grid)
+        if layer.to_video is not None and group.a2v_scale:
+            x = layer.to_video(x, y, ropes, group.a2v_scale)
+        x = layer.video(x, group.video_prompt.at(i, layer.video), self.repeat(self.video_times[k][1], group), self.video_rope)
         if layer.audio is not None:
             heard = layer.audio(heard, group.audio_prompt.at(i, layer.audio), self.repeat(self.audio_times[k][1], group), self.audio_rope)
         return x, heard
@@ -281,7 +337,8 @@ def load_denoiser(folder: str | Path, *, device: str | torch.device = "cpu", dty
     for name, module in modules.items():
         module.requires_grad_(False)
         check_tensors(opened[name], {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()})
-    parts = Parts(experts, audio, bridge, {name: component.tensors() for name, component in opened.items()})
+    tensors, entries = ({name: make(component) for name, component in opened.items()} for make in (Component.tensors, attrgetter("index")))
+    parts = Parts(experts, audio, bridge, tensors, entries)
     stored = parts.tensors["high"]["patch_embedding.weight"].dtype
     schedule = read_config(ScheduleConfig, read_json(root / "scheduler" / "scheduler_config.json"), "scheduler/scheduler_config.json")
     boundary = convert_value(read_json(root / "model_index.json").get("boundary_ratio", BOUNDARY_RATIO), float, "model_index.json: boundary_ratio")

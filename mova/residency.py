@@ -1,34 +1,41 @@
 """Where weights live: mapped files -> the device, layer by layer (spec/performance.md section 3).
 
 A layer is what is computed together: video block i of the active expert and, while they last, audio block i and both
-bridge directions. `resident` keeps the active expert, the audio tower and the bridge on the device (on the CPU in the
-stored dtype: views of the mapped files, nothing is copied). `stream` has two slabs of one layer each and fills one while
-the other computes; slabs are allocated once, for both experts.
+bridge directions. Three ways to have it, decided for every run by what is free then:
+views     on the CPU, in the stored dtype: parameters are views of the mapped files, nothing is copied;
+resident  every layer of the active expert has a slab of its own;
+stream    some layers (evenly spread, as many as fit) have a slab of their own, the others take turns in a few.
+Both experts use the same slabs, and the switch between them is only the next entry of the plan.
 """
 
 from __future__ import annotations
 
-import copy
+import itertools
 import logging
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from .bridge import Bridge, Conditioner
+from .checkpoint import TensorEntry
 from .errors import InputError
 from .layers import Block
+from .slabs import Feeder, Key, Layout, Link, Slab, Traffic, Turn
 from .towers import AudioTower, VideoTower
 
 log = logging.getLogger("mova")
 
 MODES = ("auto", "resident", "stream")
 EXPERTS = ("high", "low")
-SLABS = 2
-ACTIVATION_RESERVE = 8 * 2**30  # bytes to leave free beside resident weights: enough for 193 frames at 360p
+SLABS = 2  # that streamed layers take turns in: one computes, one is filled
+MARGIN = 2**30  # bytes of device memory left to the allocator and the host
 DIRECTIONS = {"to_video": "audio_to_video_conditioners", "to_audio": "video_to_audio_conditioners"}
+LAYERS = ("blocks.", *DIRECTIONS.values())  # how the names of tensors within layers begin
+PREPARATION = ("text_embedding", "time_embedding", "time_projection")  # used before the first layer of a run only
+TEXT_KEYS = ("cross_attn.k.", "cross_attn.v.", "cross_attn.norm_k.")  # used once per prompt and expert
 
 
 @dataclass
@@ -42,25 +49,18 @@ class Layer:
 
 
 @dataclass
-class Report:
-    """What moved since loading."""
-
-    mode: str
-    why: str
-    bytes_moved: int = 0
-    copies: int = 0
-    slab_bytes: int = 0  # at most, at any time
-    slabs_allocated: int = 0
-
-
-@dataclass
 class Parts:
-    """Every module of the denoiser, on the meta device until placed, and the mapped tensors of its files by key."""
+    """Every module of the denoiser, on the meta device until placed, with the tensors of its files."""
 
     experts: dict[str, VideoTower]
     audio: AudioTower
     bridge: Bridge
-    tensors: dict[str, dict[str, Tensor]] = field(repr=False)  # of "high", "low", "audio", "bridge"
+    tensors: dict[str, dict[str, Tensor]] = field(repr=False)  # of "high", "low", "audio", "bridge": views of the mapped files by key
+    entries: dict[str, dict[str, TensorEntry]] = field(repr=False)  # the same: where the bytes lie
+
+    @property
+    def count(self) -> int:
+        return len(self.experts["high"].blocks)
 
     def module(self, name: str) -> nn.Module:
         return self.experts[name] if name in EXPERTS else getattr(self, name)
@@ -71,154 +71,242 @@ class Parts:
         speaks = str(i) in to_video
         return Layer(self.experts[expert].blocks[i], audio, to_video[str(i)] if speaks else None, to_audio[str(i)] if speaks else None)
 
-    def sources(self, expert: str, i: int) -> dict[str, Tensor]:
-        """The stored tensors of layer i, by the name they have in a slab."""
+    def sources(self, key: Key) -> dict[str, TensorEntry]:
+        """The stored tensors of a layer, by the name they have in a slab ("video.ffn.0.weight", "to_audio.inner.q.bias", ...)."""
+        expert, i = key
         places = {"video": (expert, f"blocks.{i}."), "audio": ("audio", f"blocks.{i}.")}
         places |= {direction: ("bridge", f"{name}.{i}.") for direction, name in DIRECTIONS.items()}
         found = {}
         for place, (part, prefix) in places.items():
-            found |= {place + "." + key[len(prefix) :]: tensor for key, tensor in self.tensors[part].items() if key.startswith(prefix)}
+            found |= {place + "." + name[len(prefix) :]: entry for name, entry in self.entries[part].items() if name.startswith(prefix)}
         return found
 
     def bytes(self, dtype: torch.dtype) -> int:
-        """What is needed at once: one expert, the audio tower, the bridge."""
+        """What is computed with in one step: one expert, the audio tower, the bridge."""
         return sum(tensor.numel() for name in ("high", "audio", "bridge") for tensor in self.tensors[name].values()) * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which layers have a slab of their own, and in how many the others take turns; no slabs at all = views."""
+
+    mode: str
+    why: str
+    own: frozenset[int] = frozenset()
+    shared: int = 0
+
+
+@dataclass
+class Report:
+    """What was decided, and what moved since loading."""
+
+    mode: str
+    why: str
+    resident_layers: int
+    bytes_moved: int
+    copies: int
+    slab_bytes: int
+    pinned_bytes: int
+    allocations_in_loop: int
 
 
 class Residency:
     """Brings weights to the device when they are computed with, and takes them away again."""
 
     def __init__(self, parts: Parts, device: torch.device, dtype: torch.dtype, mode: str = "auto") -> None:
-        self.parts, self.device, self.dtype = parts, device, dtype
-        self._report = Report(*choose_mode(parts, device, dtype, mode))
+        if mode not in MODES:
+            raise InputError(f"residency is {mode!r}; choose {', '.join(MODES)}.")
+        self.parts, self.device, self.dtype, self.mode = parts, device, dtype, mode
+        self.traffic = Traffic()
+        self.placement: Placement | None = None
         self.placed: set[str] = set()
-        self.slabs: dict[tuple[str, int], Slab] = {}  # the layer each slab holds or is being filled with, oldest first
-        self.reader: ThreadPoolExecutor | None = None
-        log.info("MOVA weights: %s (%s)", self._report.mode, self._report.why)
+        self.own: dict[int, Slab] = {}
+        self.shared: list[Slab] = []
+        self.link: Link | None = None
+        self.feeder: Feeder | None = None
+
+    # ---------------------------------------------------------------- figures
+
+    @cached_property
+    def layer_sources(self) -> dict[Key, dict[str, TensorEntry]]:
+        return {(expert, i): self.parts.sources((expert, i)) for expert in EXPERTS for i in range(self.parts.count)}
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Of a slab any layer fits in; the keys of the prompt last, since most visits do without them."""
+        entries = {name: entry for sources in self.layer_sources.values() for name, entry in sources.items()}
+        names = sorted(entries, key=is_text_key)
+        return Layout((name, entries[name].shape, self.dtype) for name in names)
+
+    @cached_property
+    def stored(self) -> bool:
+        """Whether the files hold what is computed in."""
+        return all(tensor.dtype == self.dtype for tensors in self.parts.tensors.values() for tensor in tensors.values())
 
     def report(self) -> Report:
-        return self._report
+        placement = self.placement or Placement("not decided", "nothing was computed yet")
+        traffic = self.traffic
+        return Report(
+            placement.mode,
+            placement.why,
+            len(placement.own),
+            traffic.bytes_moved,
+            traffic.copies,
+            traffic.slab_bytes,
+            traffic.pinned_bytes,
+            traffic.allocations_in_loop,
+        )
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is on the device and no thread is at work."""
+        return not (self.placed or self.own or self.shared or self.link or self.feeder)
+
+    # ---------------------------------------------------------------- a run
+
+    def settle(self, activations: int) -> None:
+        """Decides where layers live for a run whose activations take so many bytes; what does not suit it leaves the device."""
+        held = sum(slab.buffer.nbytes for slab in (*self.own.values(), *self.shared))
+        placement = choose_placement(self, activations, free_bytes(self.device) + held)
+        if self.placement is None or (placement.own, placement.shared) != (self.placement.own, self.placement.shared):
+            self.release()
+            log.info("MOVA weights: %s (%s)", placement.mode, placement.why)
+            self.placement = placement
+
+    def shrink(self) -> bool:
+        """After the device ran out of memory: the next smaller placement, if there is one."""
+        self.release()
+        kept = len(self.placement.own) // 2
+        if not self.placement.own:
+            return False
+        self.mode = "stream"
+        why = f"the device ran out of memory with {len(self.placement.own)} layers resident"
+        self.placement = Placement("stream", why, spread(kept, self.parts.count), SLABS)
+        log.warning("MOVA weights: %s; now %d of %d.", why, kept, self.parts.count)
+        return True
+
+    def begin(self, visits: list[tuple[str, bool]]) -> None:
+        """Starts filling slabs for a run: the expert of every step, and whether it still has to read the prompts."""
+        if self.placement.mode == "views":
+            return
+        if self.link is None:
+            self.link = Link(self.layout, self.device, self.layer_sources.__getitem__, self.traffic)
+            self.own = {i: Slab(self.layout, self.device) for i in sorted(self.placement.own)}
+            self.shared = [Slab(self.layout, self.device) for _ in range(self.placement.shared)]
+            self.traffic.slab_bytes = max(self.traffic.slab_bytes, (len(self.own) + len(self.shared)) * self.layout.nbytes)
+        taking_turns = itertools.cycle(self.shared)
+        self.feeder = Feeder(self.link, self.plan(visits), lambda turn: self.own.get(turn.key[1]) or next(taking_turns))
+
+    def plan(self, visits: list[tuple[str, bool]]) -> Iterator[Turn]:
+        for expert, reads_prompts in visits:
+            for i in range(self.parts.count):
+                names = self.layer_sources[expert, i]
+                yield Turn((expert, i), frozenset(names if reads_prompts else (name for name in names if not is_text_key(name))))
+
+    def end(self) -> None:
+        """Stops filling; the slabs stay for the next run."""
+        if self.feeder is not None:
+            self.feeder.stop()
+            self.feeder = None
+
+    def walk(self, expert: str) -> Iterator[Layer]:
+        """The layers of an expert in order, each ready to compute; after `begin`, as its next step says."""
+        for i in range(self.parts.count):
+            layer = self.parts.layer(expert, i)
+            if self.feeder is None:
+                yield layer
+                continue
+            turn, slab = self.feeder.take()
+            seat(layer, slab)
+            try:
+                yield layer
+            finally:
+                slab.give_back()
+
+    # ---------------------------------------------------------------- what lies outside the layers
 
     def enter(self, expert: str) -> VideoTower:
-        """Makes an expert the active one; the other's weights leave the device."""
+        """Makes an expert the active one: embeddings and heads are on the device, the other expert's are not."""
         self.take_away(EXPERTS[1 - EXPERTS.index(expert)])
         for name in (expert, "audio", "bridge"):
             self.bring(name)
         return self.parts.experts[expert]
 
-    def walk(self, expert: str, then: str | None = None) -> Iterator[Layer]:
-        """The layers of the active expert in order, each ready to compute; `then`: the expert whose first layer comes next."""
-        count = len(self.parts.experts[expert].blocks)
-        if self._report.mode == "resident":
-            yield from (self.parts.layer(expert, i) for i in range(count))
-            return
-        plan = [(expert, i) for i in range(count)] + ([(then, 0)] if then else [])
-        for turn in range(count):
-            slab, *_ = [self.request(layer) for layer in plan[turn : turn + SLABS]]
-            yield slab.wait(self.parts.layer(*plan[turn]))
-            slab.computed()
-
-    def request(self, layer: tuple[str, int]) -> Slab:
-        """The slab of a layer; filling starts now when no slab holds it, in the place of the oldest."""
-        slab = self.slabs.pop(layer, None)
-        if slab is None:
-            slab = self.slabs.pop(next(iter(self.slabs))) if len(self.slabs) == SLABS else self.make_slab()
-            sources = self.parts.sources(*layer)
-            slab.filled = self.start_reader().submit(slab.fill, sources)
-            self._report.bytes_moved += sum(slab.weights[name].nbytes for name in sources)
-            self._report.copies += len(sources)
-        self.slabs[layer] = slab
-        return slab
-
-    def make_slab(self) -> Slab:
-        slab = Slab(self.parts, self.device, self.dtype)
-        in_use = (len(self.slabs) + 1) * sum(tensor.nbytes for tensor in slab.weights.values())
-        self._report.slab_bytes = max(self._report.slab_bytes, in_use)
-        self._report.slabs_allocated += 1
-        return slab
-
-    def start_reader(self) -> ThreadPoolExecutor:
-        if self.reader is None:
-            self.reader = ThreadPoolExecutor(1, thread_name_prefix="mova-weights")
-        return self.reader
-
-    def release(self) -> None:
-        """Leaves nothing on the device."""
-        if self.reader is not None:
-            self.reader.shutdown(wait=True)
-            self.reader = None
-        self.slabs.clear()
-        for name in list(self.placed):
-            self.take_away(name)
-
     def bring(self, name: str) -> None:
         if name in self.placed:
             return
-        moved = {key: tensor.to(self.device, self.dtype) for key, tensor in self.parts.tensors[name].items() if self.stays(key)}
+        whole = self.placement.mode == "views"
+        moved = {key: tensor.to(self.device, self.dtype) for key, tensor in self.parts.tensors[name].items() if whole or not key.startswith(LAYERS)}
         self.parts.module(name).load_state_dict(moved, assign=True, strict=False)
         self.placed.add(name)
-        copied = [new.nbytes for key, new in moved.items() if new.data_ptr() != self.parts.tensors[name][key].data_ptr()]
-        self._report.bytes_moved += sum(copied)
-        self._report.copies += len(copied)
+        self.traffic.bytes_moved += 0 if whole else sum(tensor.nbytes for tensor in moved.values())
 
-    def stays(self, key: str) -> bool:
-        """Whether a tensor is on the device all along: everything, or (streaming) what lies outside the layers."""
-        return self._report.mode == "resident" or not key.startswith(("blocks.", *DIRECTIONS.values()))
+    def put_preparation_away(self) -> None:
+        """Once prompts and times are read, what read them leaves the device."""
+        if self.placement.mode != "views":
+            for name in self.placed - {"bridge"}:
+                for part in PREPARATION:
+                    getattr(self.parts.module(name), part).to("meta")
+            self.placed.clear()  # incomplete now: the next run brings them again
 
     def take_away(self, name: str) -> None:
-        if name in self.placed:
-            self.parts.module(name).to("meta")
-            self.placed.remove(name)
+        self.parts.module(name).to("meta")
+        self.placed.discard(name)
+
+    def release(self) -> None:
+        """Leaves nothing on the device."""
+        self.end()
+        if self.link is not None:
+            self.link.close()
+            self.link = None
+        self.own, self.shared = {}, []
+        for name in (*EXPERTS, "audio", "bridge"):
+            self.take_away(name)
 
 
-class Slab:
-    """Room on the device for one layer. On CUDA filling runs on a stream of its own; events order it against compute."""
-
-    filled: Future[None]
-
-    def __init__(self, parts: Parts, device: torch.device, dtype: torch.dtype) -> None:
-        first = parts.layer("high", next(iter(parts.bridge.config.layers), 0))
-        shapes = nn.ModuleDict({name: copy.deepcopy(module) for name, module in vars(first).items() if module is not None})
-        self.modules = shapes.to(dtype).to_empty(device=device)
-        self.weights = dict(self.modules.state_dict(keep_vars=True))
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.ready, self.free = (torch.cuda.Event(), torch.cuda.Event()) if self.stream else (None, None)
-
-    def fill(self, sources: dict[str, Tensor]) -> None:
-        """Copies a layer in; runs on the reading thread."""
-        with torch.no_grad(), torch.cuda.stream(self.stream):
-            if self.stream:
-                self.stream.wait_event(self.free)
-            for name, source in sources.items():
-                self.weights[name].copy_(source, non_blocking=True)
-            if self.stream:
-                self.ready.record(self.stream)
-
-    def wait(self, shape: Layer) -> Layer:
-        """The layer once it is filled, with the parts that `shape` has."""
-        self.filled.result()
-        if self.stream:
-            torch.cuda.current_stream(self.stream.device).wait_event(self.ready)
-        return Layer(**{name: self.modules[name] if part is not None else None for name, part in vars(shape).items()})
-
-    def computed(self) -> None:
-        """The slab may be filled again once what was launched so far has run."""
-        if self.stream:
-            self.free.record(torch.cuda.current_stream(self.stream.device))
+def is_text_key(name: str) -> bool:
+    return any(part in name for part in TEXT_KEYS)
 
 
-def choose_mode(parts: Parts, device: torch.device, dtype: torch.dtype, mode: str) -> tuple[str, str]:
-    """(mode, why)."""
-    if mode not in MODES:
-        raise InputError(f"residency is {mode!r}; choose {', '.join(MODES)}.")
-    if mode != "auto":
-        return mode, "as asked"
-    if device.type == "cpu":
-        stored = all(tensor.dtype == dtype for tensors in parts.tensors.values() for tensor in tensors.values())
-        return ("resident", "views of the mapped files") if stored else ("stream", f"converted to {dtype} layer by layer")
-    if device.type == "cuda":
-        need, free = parts.bytes(dtype), torch.cuda.mem_get_info(device)[0]
-        fits = need + ACTIVATION_RESERVE <= free
-        figures = f"{need / 2**30:.1f} GiB of weights and {ACTIVATION_RESERVE / 2**30:.0f} GiB of activations, {free / 2**30:.1f} GiB free"
-        return ("resident", figures) if fits else ("stream", figures)
-    return "resident", f"no streaming on {device.type}"
+def seat(layer: Layer, slab: Slab) -> None:
+    """Makes the slab's weights the parameters of the layer's modules."""
+    for place, module in vars(layer).items():
+        if module is not None:
+            for path, owner in module.named_modules(prefix=place):
+                for leaf in [leaf for leaf, weight in owner._parameters.items() if weight is not None]:
+                    owner._parameters[leaf] = slab.weights[f"{path}.{leaf}"]
+
+
+def spread(count: int, total: int) -> frozenset[int]:
+    """`count` of `total` layers, evenly: what streams between them has time to arrive."""
+    return frozenset(i for i in range(total) if (i + 1) * count // total > i * count // total)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Device memory that could be had now."""
+    if device.type != "cuda":
+        return 0
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
+
+
+def choose_placement(residency: Residency, activations: int, free: int) -> Placement:
+    """What fits beside the activations of the run, in a sentence."""
+    device, count, mode = residency.device.type, residency.parts.count, residency.mode
+    everything = Placement("resident", "as asked", frozenset(range(count)))
+    if device == "cpu" and mode != "stream" and residency.stored:
+        return Placement("views", "the stored dtype on the CPU: views of the mapped files")
+    if mode == "resident":
+        return everything
+    if mode == "stream":
+        return Placement("stream", "as asked", shared=SLABS)
+    if device == "cpu":
+        return Placement("stream", f"converted to {residency.dtype} layer by layer", shared=SLABS)
+    if device != "cuda":
+        return Placement("resident", f"no streaming on {device}", everything.own)
+    spare = free - activations - MARGIN
+    kept = spare // residency.layout.nbytes
+    why = f"{free / 2**30:.1f} GiB free, {activations / 2**30:.1f} for activations, {residency.layout.nbytes / 2**30:.2f} a layer"
+    if kept >= count:
+        return Placement("resident", why, everything.own)
+    return Placement("stream", why, spread(max(0, kept - SLABS), count), SLABS)

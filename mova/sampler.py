@@ -171,13 +171,13 @@ def sample(
     guidance = choose_guidance(cfg, audio_cfg, bridge_guidance)
     video = Stream("video", video_noise, video_start, video_mask, plan.video, denoiser.device)
     audio = Stream("audio", audio_noise, audio_start, audio_mask, plan.audio, denoiser.device)
-    run = denoiser.prepare(video.x, audio.x, condition, guidance.branches(context, negative_context), plan.times, fps)
-
-    for k, step in enumerate(plan.times):
-        velocities = guidance.combine(run.velocities(video.entering(k), audio.entering(k), k, on_layer))
-        clean = [stream.advance(k, velocity, steps) for stream, velocity in zip((video, audio), velocities, strict=True)]
-        if on_step is not None:
-            on_step(Step(k, steps, step.video.item(), plan.video.sigmas[k].item(), plan.audio.sigmas[k].item(), step.expert, *clean))
+    branches = guidance.branches(context, negative_context)
+    with denoiser.prepare(video.x, audio.x, condition, branches, plan.times, fps) as run:
+        for k, step in enumerate(plan.times):
+            velocities = guidance.combine(run.velocities(video.entering(k), audio.entering(k), k, on_layer))
+            clean = [stream.advance(k, velocity, steps) for stream, velocity in zip((video, audio), velocities, strict=True)]
+            if on_step is not None:
+                on_step(Step(k, steps, step.video.item(), plan.video.sigmas[k].item(), plan.audio.sigmas[k].item(), step.expert, *clean))
     return video.finished().to(video_noise.device), audio.finished().to(audio_noise.device)
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import CheckpointError
-from .layers import Block, collapse_padding, frequencies, rope_table, shifted_norm, sinusoid
+from .layers import Block, collapse_padding, frequencies, map_rows, rope_table, shifted_norm, sinusoid
 
 Grid = tuple[int, int, int]  # tokens along time, rows, columns
 
@@ -88,7 +88,8 @@ class Head(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x [B, L, D], t [B, D] -> [B, L, out]. Each sample reads its own t (the reference mixes them in a batch)."""
         shift, scale = (self.modulation + t.unsqueeze(1)).chunk(2, dim=1)  # [B, 1, D]
-        return self.head(shifted_norm(x, shift, scale, self.eps))
+        (out,) = map_rows(x, lambda part, rows: (self.head(shifted_norm(part, shift, scale, self.eps)),))
+        return out
 
 
 class Tower(nn.Module):

@@ -61,6 +61,8 @@ def test_layer_by_layer(golden, tiny_mova, dtype, tolerance):
     denoiser = mova.load_denoiser(tiny_mova, dtype=dtype)
     case, inputs = golden("single_step" if dtype == torch.float32 else "single_step_bf16"), golden("single_step")
     hidden = {key.removeprefix("video_dit.case1.hid."): value for key, value in case.items() if ".hid." in key}
+    denoiser.residency.settle(0)
+    denoiser.residency.begin([("high", True)])
     tower, audio = denoiser.residency.enter("high"), denoiser.parts.audio
     (_, mod_v), (_, mod_a) = tower.time(torch.tensor([937.5])), audio.time(torch.tensor([880.25]))
     assert distance(mod_v.flatten(1), hidden["visual_t_mod_flat"]) < STEP and distance(mod_a.flatten(1), hidden["audio_t_mod_flat"]) < STEP
@@ -167,18 +169,18 @@ def test_attention_kernels_agree(golden, tiny_mova):
         predict(denoiser, case, 950.0)
 
 
-def test_streaming_moves_each_layer_once_for_all_branches(golden, tiny_mova):
-    denoiser, case = mova.load_denoiser(tiny_mova, residency="stream"), golden("single_step")
-    predict(denoiser, case, 950.0)
-    first = denoiser.report().bytes_moved
-    predict(denoiser, case, 950.0)
-    layers = sum(
-        tensor.nbytes for name in ("high", "audio", "bridge") for key, tensor in denoiser.parts.tensors[name].items() if not denoiser.residency.stays(key)
-    )
-    assert denoiser.report().bytes_moved - first <= layers
-    assert denoiser.report().slabs_allocated == 2
-    denoiser.release()
-    assert all(parameter.is_meta for parameter in denoiser.parts.experts["high"].parameters()) and not denoiser.residency.slabs
+def test_a_kernel_that_the_device_lacks_is_named(golden, tiny_mova):
+    denoiser = mova.load_denoiser(tiny_mova)
+    denoiser.attention = "cudnn"
+    with pytest.raises(InputError, match="'cudnn' of PyTorch .* cannot compute this on cpu"):
+        predict(denoiser, golden("single_step"), 950.0)
+    denoiser.attention = "math"
+
+    def fail(done, total):
+        raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"), denoiser.attention_backend():
+        fail(1, 1)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.0])
@@ -189,7 +191,7 @@ def test_deterministic_model(tmp_path, scale):
     audio = fill(AudioTower(AudioTowerConfig(dim=24, in_dim=8, out_dim=8, ffn_dim=40, num_heads=1, num_layers=2, **small)))
     bridge = fill(Bridge(BridgeConfig(visual_layers=3, audio_layers=2, visual_hidden_dim=48, audio_hidden_dim=24, head_dim=24)))
     state = {"high": video.state_dict(), "low": video.state_dict(), "audio": audio.state_dict(), "bridge": bridge.state_dict()}
-    parts = Parts({"high": video, "low": video}, audio, bridge, {name: dict(tensors) for name, tensors in state.items()})
+    parts = Parts({"high": video, "low": video}, audio, bridge, {name: dict(tensors) for name, tensors in state.items()}, dict.fromkeys(state, {}))
     denoiser = Denoiser(parts, Residency(parts, torch.device("cpu"), torch.float32, "resident"), ScheduleConfig(), 0.9, tmp_path)
     latents = waves((1, 36, 3, 4, 6), 0.013)
     v, a = denoiser.velocity(

@@ -80,7 +80,7 @@ def test_nothing_is_left_on_the_device(tiny_mova, request_of_the_reference):
 
     with pytest.raises(KeyboardInterrupt):
         pipe.generate(prompt, image, on_step=stop, **settings)
-    assert not pipe.denoiser.residency.placed and not pipe.denoiser.residency.slabs
+    assert pipe.denoiser.residency.empty
 
 
 @pytest.mark.parametrize("wrong", [

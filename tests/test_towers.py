@@ -48,7 +48,7 @@ def test_block_matches_reference(block_case):
 def test_parts_of_the_block(block_case):
     case, block, rope = block_case
     x, mod = case["x"], block.modulate(case["t_mod"].unsqueeze(1))
-    q, k, v = block.pre(x, mod, rope)
+    q, (k, v) = block.queries(x, mod, rope), block.keys(x, mod, rope)
     assert distance(q, case["self_attn.q_rope"]) < BLOCK and distance(k, case["self_attn.k_rope"]) < BLOCK and distance(v, case["self_attn.v"]) < BLOCK
     attended = attention(q, k, v, block.heads)
     assert distance(attended, case["self_attn.sdpa"]) < BLOCK
