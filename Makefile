@@ -12,6 +12,10 @@ venv: .venv/ready
 .venv/ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(RUN) -m pip freeze | grep -iE '^(torch|torchaudio|torchvision|numpy)==' > .venv/before
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(RUN) -m pip freeze | grep -iE '^(torch|torchaudio|torchvision|numpy)==' > .venv/after
+	diff .venv/before .venv/after || { echo "requirements.txt replaced torch or numpy, which belong to the user"; exit 1; }
 	touch $@
 
 # A clip from a picture and a prompt through the shipped workflow, on a random model: noise, but real files end to end.

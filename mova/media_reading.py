@@ -78,10 +78,17 @@ def open_media(path: str | Path) -> Iterator[Any]:
     if not file.is_file():
         raise MediaError(f"{file} {'is a folder' if file.is_dir() else 'does not exist'}: give the path of a film or sound file.")
     try:
-        with av.open(str(file.absolute()), metadata_errors="replace") as container:
+        with open_container(av, str(file.absolute())) as container:
             yield container
     except (OSError, av.FFmpegError) as error:
         raise MediaError(f"{file} {diagnose_media(file, error)}") from error
+
+
+def open_container(av: Any, file: str) -> Any:
+    try:
+        return av.open(file)
+    except UnicodeDecodeError:  # PyAV before 19 is strict about tags that are not UTF-8; 19 no longer has the option
+        return av.open(file, metadata_errors="replace")
 
 
 def diagnose_media(file: Path, error: Any) -> str:
