@@ -1,4 +1,4 @@
-"""Command line: python -m mova generate | inspect | check | demo-model."""
+"""Command line: python -m mova generate | inspect | check | quantize | demo-model."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--height", type=int, default=352, help="pixels (default 352)")
     check.add_argument("--width", type=int, default=640, help="pixels (default 640)")
     check.set_defaults(run=run_check)
+    add_quantize(commands)
     demo = commands.add_parser("demo-model", help="write a small random checkpoint in the released layout (it makes noise, not films)")
     demo.add_argument("folder", type=Path)
     demo.add_argument("--seed", type=int, default=0)
@@ -61,6 +62,15 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     generate.add_argument("--text-cache", type=Path, default=CACHE, help="folder that keeps encoded prompts (default ~/.cache/mova-studio/text)")
     add_placement(generate)
     generate.set_defaults(run=run_generate)
+
+
+def add_quantize(commands: argparse._SubParsersAction) -> None:
+    quantize = commands.add_parser("quantize", help="write a checkpoint folder with 8-bit weights, half the size; an interrupted call goes on where it stopped")
+    quantize.add_argument("folder", type=Path, metavar="IN", help="MOVA checkpoint folder; it is only read")
+    quantize.add_argument("out", type=Path, metavar="OUT", help="new folder")
+    quantize.add_argument("--measure", action="store_true", help="measure the error of a large checkpoint, too (passes all its weights twice)")
+    quantize.add_argument("--device", help="where the error is measured: cuda, cpu, ... (default: cuda where there is one)")
+    quantize.set_defaults(run=run_quantize)
 
 
 def add_placement(command: argparse.ArgumentParser) -> None:
@@ -129,6 +139,26 @@ def run_check(args: argparse.Namespace) -> int:
     odd = sum(not finding.good for finding in findings)
     print(f"{odd} of {len(findings)} values are not normal: paste this into a bug report." if odd else "all values are normal")
     return 1 if odd else 0
+
+
+def run_quantize(args: argparse.Namespace) -> int:
+    import torch
+
+    from .inspection import show_size
+    from .quantize import SMALL, denoiser_bytes, measure_folders, quantize
+
+    def on_file(file):
+        state = "kept" if file.kept else "written" if file.before != file.after else "copied"
+        print(f"{state:8} {show_size(file.before):>10} -> {show_size(file.after):>10}  {file.name}", flush=True)
+
+    results = quantize(args.folder, args.out, on_file)
+    print(f"{args.out}: {show_size(sum(file.before for file in results))} -> {show_size(sum(file.after for file in results))}", flush=True)
+    if denoiser_bytes(args.folder) > SMALL and not args.measure:
+        print("error not measured: --measure does it for a checkpoint of this size")
+        return 0
+    print("error against the original (relative L2 of the predicted clean latents, random text and noise):", flush=True)
+    print(*measure_folders(args.folder, args.out, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu")), sep="\n")
+    return 0
 
 
 def run_demo_model(args: argparse.Namespace) -> int:

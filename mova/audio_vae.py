@@ -16,6 +16,7 @@ from .checkpoint import Component, check_tensors, open_component, read_config
 from .errors import CheckpointError, InputError, MediaError
 
 DILATIONS = (1, 3, 9)  # of the three residual units of a stage
+SOUND_BYTES = 2048  # peak per sample: eight float32 tensors of the last stage's 64 channels
 RESAMPLER_LIMIT = 64_000_000  # filter taps: 256 MB; two rates without a common divisor would need gigabytes
 
 
@@ -181,6 +182,10 @@ class AudioVAE:
         self.model.load_state_dict(placed, assign=True)
         self.device = torch.device(device)
         return self
+
+    def peak_bytes(self, samples: int) -> int:
+        """Memory to have free on the device before so many samples are encoded or decoded."""
+        return samples * SOUND_BYTES + sum(weight.nbytes for weight in self.weights.values())
 
     def encode(self, waveform: Tensor, sample_rate: int) -> Tensor:
         """Waveform [B, C, S] in -1..1 at any rate -> latents [B, Ca, ceil(S' / hop)], the posterior mean. InputError for what is no sound."""

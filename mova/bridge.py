@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import attention
 from .errors import CheckpointError
-from .layers import ROPE_BASE, attention, map_rows, update_rows
+from .layers import ROPE_BASE, map_rows, update_rows
 from .towers import Grid
 
 TEMPORAL_STRIDE = 4  # pixel frames per latent frame after the first (the video VAE)

@@ -58,6 +58,11 @@ class Component:
         """Every stored tensor by name, from the file headers alone."""
         return {key: entry for file in weight_files(self.folder) for key, entry in read_header(file).items()}
 
+    @property
+    def bytes_on_disk(self) -> int:
+        """Size of the weight files."""
+        return sum(file.stat().st_size for file in weight_files(self.folder))
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor as a view of its mapped file: pages are read when they are computed with."""
         tensors: dict[str, torch.Tensor] = {}

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
+from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .attention import Shapes, attention_kernel, choose_kernel
 from .audio_vae import AudioVAEConfig
 from .bridge import Bridge, BridgeConfig
 from .checkpoint import Component, check_tensors, checkpoint_folder, convert_value, open_component, read_config, read_json
 from .errors import CheckpointError, InputError, SamplingError
+from .fp8 import check_stored, follow_config
 from .layers import Block, TextKeys
 from .residency import EXPERTS, Layer, Parts, Report, Residency
 from .schedule import ScheduleConfig
@@ -24,15 +26,6 @@ from .towers import AudioTower, AudioTowerConfig, Grid, Tower, TowerConfig, Vide
 
 FOLDERS = {"high": "video_dit", "low": "video_dit_2", "audio": "audio_dit", "bridge": "dual_tower_bridge"}
 BOUNDARY_RATIO = 0.9  # where model_index.json does not tell
-# Kernels a caller may insist on; "auto" leaves the choice to PyTorch.
-ATTENTION = {
-    "auto": None,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
-NO_KERNEL = ("No available kernel", "No viable backend")  # how PyTorch says that the kernel insisted on does not fit
 BLOCK_PEAK = 2.7  # live activations of a block beside its tokens, in units of them (bench.ledger counts it)
 SMALL_TENSORS = 2**30  # bytes for all that does not grow with the clip, while the prompts are read
 OnLayer = Callable[[int, int], None]
@@ -109,6 +102,16 @@ class Denoiser:
             ((video_velocity, audio_velocity),) = run.velocities(video, audio, 0)
         return video_velocity.to(video.device), audio_velocity.to(audio.device)
 
+    def count_tokens(self, video_shape: tuple[int, ...]) -> int:
+        """Tokens of video latents [B, 16, T, h, w]."""
+        patches = (size // patch for size, patch in zip(video_shape[2:], self.parts.experts["high"].config.patch_size, strict=True))
+        return video_shape[0] * math.prod(patches)
+
+    def wanted_bytes(self, video_shape: tuple[int, ...], branches: int, text: int) -> int:
+        """Free device memory that a run for latents [B, 16, T, h, w], so many guidance branches and rows of text makes use of; it works with less."""
+        together = branches if self.device.type == "cpu" else 1
+        return self.residency.wanted_bytes(activation_bytes(self, self.count_tokens(video_shape), branches, together, text, video_shape[0]))
+
     def choose_expert(self, timesteps: Tensor) -> str:
         high = timesteps >= self.boundary_ratio * self.schedule.num_train_timesteps
         if high.any() and not high.all():
@@ -118,27 +121,18 @@ class Denoiser:
     def prepare(self, video: Tensor, audio: Tensor, condition: Tensor, branches: list[Branch], steps: list[StepTimes], fps: float) -> JointRun:
         """A run over `steps` for latents of these shapes, to be used as a context; InputError when something does not fit."""
         check_streams(self, video, audio, condition, branches, steps, fps)
+        choose_kernel(self.attention, self.attention_shapes, self.device, self.dtype)
         return JointRun(self, video, audio, condition, branches, steps, fps)
 
-    @contextmanager
-    def attention_backend(self) -> Iterator[None]:
-        """The chosen kernel while the block runs; InputError when there is no such kernel, or the device cannot compute with it."""
-        if self.attention not in ATTENTION:
-            raise InputError(f"attention is {self.attention!r}; choose {', '.join(ATTENTION)}.")
-        backend = ATTENTION[self.attention]
-        if backend is None:
-            yield
-            return
-        try:
-            with sdpa_kernel(backend):
-                yield
-        except RuntimeError as error:
-            if not any(sign in str(error) for sign in NO_KERNEL):
-                raise
-            raise InputError(
-                f"The attention kernel '{self.attention}' of PyTorch {torch.__version__} cannot compute this on {self.device} in {self.dtype}: "
-                "choose 'auto', or another one."
-            ) from None
+    def attention_backend(self) -> AbstractContextManager[None]:
+        """The chosen kernel while the block runs; InputError when there is no such kernel, or it does not compute this model's attention there."""
+        return attention_kernel(self.attention, self.attention_shapes, self.device, self.dtype)
+
+    @cached_property
+    def attention_shapes(self) -> Shapes:
+        bridge = self.parts.bridge.config
+        towers = {(config.num_heads, config.head_dim) for config in (self.parts.experts["high"].config, self.parts.audio.config)}
+        return frozenset(towers | {(width // bridge.head_dim, bridge.head_dim) for width in (bridge.visual_hidden_dim, bridge.audio_hidden_dim)})
 
 
 class Prompt:
@@ -214,11 +208,8 @@ class JointRun:
         self.expert, self.started = None, True
 
     def activation_bytes(self) -> int:
-        """At most, at any time: the tokens of every branch, a block at work on one group, the keys of the prompts."""
-        config, batches = self.denoiser.parts.experts["high"].config, [len(group.branches) * self.batch for group in self.groups]
-        tokens = math.prod(self.grid) * config.dim
-        prompts = sum(2 * group.context.shape[0] * group.context.shape[1] * config.dim * config.num_layers for group in self.groups)
-        return int((tokens * (sum(batches) + BLOCK_PEAK * max(batches)) + prompts) * self.dtype.itemsize) + SMALL_TENSORS
+        together, text = max(len(group.branches) for group in self.groups), max(group.context.shape[1] for group in self.groups)
+        return activation_bytes(self.denoiser, self.batch * math.prod(self.grid), self.branches, together, text, self.batch)
 
     def enter(self, expert: str) -> None:
         """Makes an expert the active one; its tower reads the prompts and the timesteps it will be asked at."""
@@ -294,6 +285,14 @@ class JointRun:
         return times if len(times) == 1 else torch.cat([times] * len(group.branches))
 
 
+def activation_bytes(denoiser: Denoiser, tokens: int, branches: int, together: int, text: int, batch: int = 1) -> int:
+    """Device memory of a run beside its layers, at most, at any time: the tokens of every branch, a block at work on the branches that go together,
+    the keys of the prompts (`text` rows each)."""
+    config = denoiser.parts.experts["high"].config
+    prompts = 2 * batch * branches * text * config.num_layers
+    return int((tokens * (branches + BLOCK_PEAK * together) + prompts) * config.dim * denoiser.dtype.itemsize) + SMALL_TENSORS
+
+
 def check_streams(denoiser: Denoiser, video: Tensor, audio: Tensor, condition: Tensor, branches: list[Branch], steps: list[StepTimes], fps: float) -> None:
     """InputError when the streams do not fit the model or each other."""
     config = denoiser.parts.experts["high"].config
@@ -323,8 +322,8 @@ def check_streams(denoiser: Denoiser, video: Tensor, audio: Tensor, condition: T
 def load_denoiser(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, residency: str = "auto") -> Denoiser:
     """Opens video_dit, video_dit_2, audio_dit, dual_tower_bridge and scheduler of a released checkpoint; no weight is read yet.
 
-    dtype None = as stored in video_dit. residency: auto | resident | stream (see mova.residency). CheckpointError lists
-    every tensor that is missing, unexpected or misshapen.
+    dtype None = as stored in video_dit; quantized weights (mova.fp8) stay so whatever it is. residency: auto | resident |
+    stream (see mova.residency). CheckpointError lists every tensor that is missing, unexpected or misshapen.
     """
     root = checkpoint_folder(folder)
     opened = {name: open_component(root, part) for name, part in FOLDERS.items()}
@@ -335,8 +334,10 @@ def load_denoiser(folder: str | Path, *, device: str | torch.device = "cpu", dty
     check_towers(experts, audio, bridge)
     modules = {**experts, "audio": audio, "bridge": bridge}
     for name, module in modules.items():
+        follow_config(module, opened[name].config, f"{FOLDERS[name]}/config.json")
         module.requires_grad_(False)
         check_tensors(opened[name], {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()})
+        check_stored(opened[name], module)
     tensors, entries = ({name: make(component) for name, component in opened.items()} for make in (Component.tensors, attrgetter("index")))
     parts = Parts(experts, audio, bridge, tensors, entries)
     stored = parts.tensors["high"]["patch_embedding.weight"].dtype

@@ -16,10 +16,12 @@ from .audio_vae import DAC, AudioVAEConfig, stored_shapes
 from .bridge import Bridge, BridgeConfig
 from .checkpoint import Component, TensorEntry, compare_tensors, open_component, open_safetensors, read_config, read_header, read_json
 from .errors import CheckpointError, InputError
+from .fp8 import follow_config
 from .schedule import ScheduleConfig
-from .text import EMBEDDING, TextEncoderConfig, import_transformers, read_tokenizer
+from .text import read_tokenizer
 from .towers import AudioTower, AudioTowerConfig, TowerConfig, VideoTower
-from .video_vae import VideoVAEConfig, read_vae_config
+from .umt5 import EMBEDDING, TextEncoderConfig, import_transformers
+from .video_vae import VideoVAEConfig, import_network, read_vae_config
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -32,9 +34,7 @@ def text_network(config: TextEncoderConfig) -> nn.Module:
 
 
 def video_network(config: Mapping[str, Any]) -> nn.Module:
-    from diffusers import AutoencoderKLWan
-
-    return AutoencoderKLWan.from_config(dict(config))
+    return import_network().from_config(dict(config))
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,19 @@ PARTS = {
 }
 
 
-def expected_shapes(name: str, config: Mapping[str, Any], stored: Collection[str] = ()) -> Shapes:
-    """Names and shapes of the weights of part `name` by its config.json; the names `stored` choose between two spellings of the same weights."""
+def build_network(name: str, config: Mapping[str, Any]) -> nn.Module:
+    """Part `name` on the meta device, as its config.json describes it."""
     part = PARTS[name]
     settings = config if name == "video_vae" else read_config(part.config, config, f"{name}/config.json")  # diffusers reads its own
     with torch.device("meta"):
         network = part.network(settings)
+    follow_config(network, config, f"{name}/config.json")
+    return network
+
+
+def expected_shapes(name: str, config: Mapping[str, Any], stored: Collection[str] = ()) -> Shapes:
+    """Names and shapes of the weights of part `name` by its config.json; the names `stored` choose between two spellings of the same weights."""
+    network = build_network(name, config)
     if name == "audio_vae":
         return stored_shapes(network, weight_normed=any(key.endswith(".weight_g") for key in stored))
     shapes = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}

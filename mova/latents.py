@@ -1,18 +1,15 @@
-"""Latents without their VAE: the space the denoiser works in, and which latents a span of seconds covers."""
+"""Latents without their VAE's weights: the space the denoiser works in, and which latents a span of seconds covers."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checkpoint import open_component
 from .errors import InputError
-from .video_vae import read_vae_config
 
 
 @dataclass(frozen=True)
@@ -24,30 +21,26 @@ class LatentSpace:
     temporal: int
 
     def normalize(self, latents: Tensor) -> Tensor:
-        """VAE space [B, 16, T, h, w] -> the denoiser's, float32; the arithmetic of `VideoVAE.normalize`."""
+        """VAE space [B, 16, T, h, w] -> the denoiser's, float32: (z - mean) / std per channel."""
         mean, std = self.statistics(latents)
         return (latents.float() - mean) * (1 / std)
 
     def denormalize(self, latents: Tensor) -> Tensor:
-        """The denoiser's space [B, 16, T, h, w] -> VAE space, float32."""
+        """The denoiser's space [B, 16, T, h, w] -> VAE space, float32: z * std + mean per channel."""
         mean, std = self.statistics(latents)
         return latents.float() * std + mean
 
     def statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         if latents.ndim != 5 or latents.shape[1] != len(self.mean):
-            raise InputError(f"The video latents are {list(latents.shape)}: [B, {len(self.mean)}, T, h, w] is needed, as the Wan 2.1 VAE makes them.")
+            raise InputError(
+                f"The video latents are {list(latents.shape)}: [B, {len(self.mean)}, T, h, w] is needed, with the {len(self.mean)} channels of the Wan 2.1 VAE."
+            )
         mean, std = (torch.tensor(values, device=latents.device).view(-1, 1, 1, 1) for values in (self.mean, self.std))
         return mean, std
 
     def frames(self, length: int) -> int:
         """Pixel frames of a clip of `length` latent frames."""
         return self.temporal * (length - 1) + 1
-
-
-def open_latent_space(folder: str | Path) -> LatentSpace:
-    """Reads `folder/video_vae/config.json` of a checkpoint; the weights stay closed. CheckpointError when it is not a Wan 2.1 VAE's."""
-    config = read_vae_config(open_component(folder, "video_vae"))
-    return LatentSpace(config.latents_mean, config.latents_std, config.scale_factor_temporal)
 
 
 def video_span(length: int, start: float, end: float | None, fps: float, temporal: int) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .bridge import Bridge, Conditioner
 from .checkpoint import TensorEntry
 from .errors import InputError
+from .fp8 import fixed_dtypes
 from .layers import Block
 from .slabs import Feeder, Key, Layout, Link, Slab, Traffic, Turn
 from .towers import AudioTower, VideoTower
@@ -81,9 +82,22 @@ class Parts:
             found |= {place + "." + name[len(prefix) :]: entry for name, entry in self.entries[part].items() if name.startswith(prefix)}
         return found
 
+    def dtypes(self, name: str, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """What the tensors of a module are computed with as, by key: `dtype`, or as stored where they are quantized."""
+        return dict.fromkeys(self.tensors[name], dtype) | fixed_dtypes(self.module(name))
+
+    def slots(self, key: Key, dtype: torch.dtype) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
+        """What a slab must hold for a layer: name, shape and dtype; the keys of the prompt last, since most visits do without them."""
+        sources, fixed = self.sources(key), {}
+        for place, module in vars(self.layer(*key)).items():
+            fixed |= fixed_dtypes(module, place) if module is not None else {}
+        for name in sorted(sources, key=lambda name: (is_text_key(name), name)):
+            yield name, sources[name].shape, fixed.get(name, dtype)
+
     def bytes(self, dtype: torch.dtype) -> int:
         """What is computed with in one step: one expert, the audio tower, the bridge."""
-        return sum(tensor.numel() for name in ("high", "audio", "bridge") for tensor in self.tensors[name].values()) * dtype.itemsize
+        used = {name: self.dtypes(name, dtype) for name in ("high", "audio", "bridge")}
+        return sum(tensor.numel() * used[name][key].itemsize for name in used for key, tensor in self.tensors[name].items())
 
 
 @dataclass(frozen=True)
@@ -132,16 +146,26 @@ class Residency:
         return {(expert, i): self.parts.sources((expert, i)) for expert in EXPERTS for i in range(self.parts.count)}
 
     @cached_property
-    def layout(self) -> Layout:
-        """Of a slab any layer fits in; the keys of the prompt last, since most visits do without them."""
-        entries = {name: entry for sources in self.layer_sources.values() for name, entry in sources.items()}
-        names = sorted(entries, key=is_text_key)
-        return Layout((name, entries[name].shape, self.dtype) for name in names)
+    def layouts(self) -> dict[Key, Layout]:
+        """Of every layer; those of one kind (the same tensors of the same dtypes) share theirs."""
+        kinds: dict[tuple, Layout] = {}
+        slots = {key: tuple(self.parts.slots(key, self.dtype)) for key in self.layer_sources}
+        return {key: kinds.setdefault(needed, Layout(needed)) for key, needed in slots.items()}
+
+    def kinds(self, i: int) -> set[Layout]:
+        """What a slab must have room for that layer i of either expert is to live in."""
+        return {self.layouts[expert, i] for expert in EXPERTS}
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Bytes of a slab of its own, for every layer."""
+        return [max(layout.nbytes for layout in self.kinds(i)) for i in range(self.parts.count)]
 
     @cached_property
     def stored(self) -> bool:
         """Whether the files hold what is computed in."""
-        return all(tensor.dtype == self.dtype for tensors in self.parts.tensors.values() for tensor in tensors.values())
+        used = {name: self.parts.dtypes(name, self.dtype) for name in self.parts.tensors}
+        return all(tensor.dtype == used[name][key] for name, tensors in self.parts.tensors.items() for key, tensor in tensors.items())
 
     def report(self) -> Report:
         placement = self.placement or Placement("not decided", "nothing was computed yet")
@@ -162,12 +186,20 @@ class Residency:
         """Whether nothing is on the device and no thread is at work."""
         return not (self.placed or self.own or self.shared or self.link or self.feeder)
 
+    def held_bytes(self) -> int:
+        """Of slabs, on the device now."""
+        return sum(slab.buffer.nbytes for slab in (*self.own.values(), *self.shared))
+
     # ---------------------------------------------------------------- a run
+
+    def wanted_bytes(self, activations: int) -> int:
+        """Free device memory that a run makes use of; with less, more layers stream."""
+        slabs = SLABS * max(self.sizes) if self.mode == "stream" else sum(self.sizes)
+        return slabs + activations + MARGIN
 
     def settle(self, activations: int) -> None:
         """Decides where layers live for a run whose activations take so many bytes; what does not suit it leaves the device."""
-        held = sum(slab.buffer.nbytes for slab in (*self.own.values(), *self.shared))
-        placement = choose_placement(self, activations, free_bytes(self.device) + held)
+        placement = choose_placement(self, activations, free_bytes(self.device) + self.held_bytes())
         if self.placement is None or (placement.own, placement.shared) != (self.placement.own, self.placement.shared):
             self.release()
             log.info("MOVA weights: %s (%s)", placement.mode, placement.why)
@@ -190,10 +222,10 @@ class Residency:
         if self.placement.mode == "views":
             return
         if self.link is None:
-            self.link = Link(self.layout, self.device, self.layer_sources.__getitem__, self.traffic)
-            self.own = {i: Slab(self.layout, self.device) for i in sorted(self.placement.own)}
-            self.shared = [Slab(self.layout, self.device) for _ in range(self.placement.shared)]
-            self.traffic.slab_bytes = max(self.traffic.slab_bytes, (len(self.own) + len(self.shared)) * self.layout.nbytes)
+            self.link = Link(self.layouts, self.device, self.layer_sources, self.traffic)
+            self.own = {i: Slab(self.kinds(i), self.device) for i in sorted(self.placement.own)}
+            self.shared = [Slab(set(self.layouts.values()), self.device) for _ in range(self.placement.shared)]
+            self.traffic.slab_bytes = max(self.traffic.slab_bytes, self.held_bytes())
         taking_turns = itertools.cycle(self.shared)
         self.feeder = Feeder(self.link, self.plan(visits), lambda turn: self.own.get(turn.key[1]) or next(taking_turns))
 
@@ -235,8 +267,8 @@ class Residency:
     def bring(self, name: str) -> None:
         if name in self.placed:
             return
-        whole = self.placement.mode == "views"
-        moved = {key: tensor.to(self.device, self.dtype) for key, tensor in self.parts.tensors[name].items() if whole or not key.startswith(LAYERS)}
+        whole, dtypes = self.placement.mode == "views", self.parts.dtypes(name, self.dtype)
+        moved = {key: tensor.to(self.device, dtypes[key]) for key, tensor in self.parts.tensors[name].items() if whole or not key.startswith(LAYERS)}
         self.parts.module(name).load_state_dict(moved, assign=True, strict=False)
         self.placed.add(name)
         self.traffic.bytes_moved += 0 if whole else sum(tensor.nbytes for tensor in moved.values())
@@ -304,9 +336,9 @@ def choose_placement(residency: Residency, activations: int, free: int) -> Place
         return Placement("stream", f"converted to {residency.dtype} layer by layer", shared=SLABS)
     if device != "cuda":
         return Placement("resident", f"no streaming on {device}", everything.own)
-    spare = free - activations - MARGIN
-    kept = spare // residency.layout.nbytes
-    why = f"{free / 2**30:.1f} GiB free, {activations / 2**30:.1f} for activations, {residency.layout.nbytes / 2**30:.2f} a layer"
-    if kept >= count:
+    spare, sizes = free - activations - MARGIN, residency.sizes
+    why = f"{free / 2**30:.1f} GiB free, {activations / 2**30:.1f} for activations, {sum(sizes) / 2**30:.1f} for all {count} layers"
+    if sum(sizes) <= spare:
         return Placement("resident", why, everything.own)
-    return Placement("stream", why, spread(max(0, kept - SLABS), count), SLABS)
+    fitting = [own for own in (spread(kept, count) for kept in range(count)) if sum(sizes[i] for i in own) + SLABS * max(sizes) <= spare]
+    return Placement("stream", why, fitting[-1] if fitting else frozenset(), SLABS)

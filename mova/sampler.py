@@ -46,6 +46,11 @@ class Guidance:
         """Whether one pass is enough."""
         return self.cfg == self.audio_cfg == self.bridge == 1
 
+    @property
+    def passes(self) -> int:
+        """Forwards per step."""
+        return 1 if self.plain else 2 if self.bridge == 1 else 3
+
     def branches(self, context: Tensor, negative: Tensor | None) -> list[Branch]:
         """One pass, two (prompt) or three (prompt and bridge); the full one first."""
         if self.plain:

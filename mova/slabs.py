@@ -1,15 +1,16 @@
 """Room for layers on the device, filled ahead of compute (spec/performance.md 3.1).
 
-A slab holds the weights of one layer in one piece of memory. A feeding thread walks the plan of a run: it has each layer
-read into pinned host memory, sends it over on a stream of its own, and hands the slab to the executing thread. Events
-order copies against compute; neither waits for the other on the host, and nothing is allocated while the loop runs.
+A slab holds the weights of one layer in one piece of memory, laid out as that kind of layer needs. A feeding thread walks
+the plan of a run: it has each layer read into pinned host memory, sends it over on a stream of its own, and hands the slab
+to the executing thread. Events order copies against compute; neither waits for the other on the host, and nothing is
+allocated while the loop runs.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -71,16 +72,18 @@ class Layout:
 
 
 class Slab:
-    """One layer's weights on the device, as parameters by name."""
+    """One layer's weights on the device, as parameters by name; for layers of any of the kinds given."""
 
-    def __init__(self, layout: Layout, device: torch.device) -> None:
-        self.buffer = torch.empty(layout.nbytes, dtype=torch.uint8, device=device)
-        self.weights = {name: nn.Parameter(view, requires_grad=False) for name, view in layout.carve(self.buffer).items()}
+    def __init__(self, kinds: Iterable[Layout], device: torch.device) -> None:
+        kinds = list(kinds)
+        self.buffer = torch.empty(max(layout.nbytes for layout in kinds), dtype=torch.uint8, device=device)
+        self.kinds = {layout: {name: nn.Parameter(view, requires_grad=False) for name, view in layout.carve(self.buffer).items()} for layout in kinds}
+        self.weights: dict[str, nn.Parameter] = {}  # of the layer it holds
         self.holds: Key | None = None
         self.names: frozenset[str] = frozenset()
         self.returned = threading.Event()  # set when the executing thread has launched what it needed
-        self.returned.set()
         self.filled, self.used = (torch.cuda.Event(), torch.cuda.Event()) if device.type == "cuda" else (None, None)
+        self.give_back()  # work launched before this may still use the memory as something else
 
     def give_back(self) -> None:
         """To be called by the executing thread when the layer's work is launched."""
@@ -105,46 +108,48 @@ class HostBuffer:
     """Host memory of one layer on its way to the device; pinned for CUDA, where `sent` tells when it may be written again."""
 
     memory: Tensor
-    views: dict[str, Tensor]
+    kinds: dict[Layout, dict[str, Tensor]]
     sent: torch.cuda.Event | None
 
 
 class Link:
     """The way from the files into slabs: directly where the device is the CPU, through a ring of host buffers otherwise."""
 
-    def __init__(self, layout: Layout, device: torch.device, sources: Callable[[Key], dict[str, TensorEntry]], traffic: Traffic) -> None:
-        self.layout, self.device, self.sources, self.traffic = layout, device, sources, traffic
+    def __init__(self, layouts: Mapping[Key, Layout], device: torch.device, sources: Mapping[Key, dict[str, TensorEntry]], traffic: Traffic) -> None:
+        self.layouts, self.device, self.sources, self.traffic = layouts, device, sources, traffic
         self.reader = Reader()
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.ring = [] if device.type == "cpu" else [self.make_buffer() for _ in range(HOST_BUFFERS)]
 
     def make_buffer(self) -> HostBuffer:
-        memory = torch.empty(self.layout.nbytes, dtype=torch.uint8, pin_memory=self.stream is not None)
+        kinds = set(self.layouts.values())
+        memory = torch.empty(max(layout.nbytes for layout in kinds), dtype=torch.uint8, pin_memory=self.stream is not None)
         self.traffic.pinned_bytes += memory.nbytes if self.stream is not None else 0
-        return HostBuffer(memory, self.layout.carve(memory), torch.cuda.Event() if self.stream is not None else None)
+        return HostBuffer(memory, {layout: layout.carve(memory) for layout in kinds}, torch.cuda.Event() if self.stream is not None else None)
 
     def fill(self, slab: Slab, turn: Turn) -> None:
         """Brings a layer into a slab; on CUDA the copy is only launched when this returns."""
-        sources = self.sources(turn.key)
-        names = [name for name in self.layout.slots if name in turn.names]
+        layout, sources = self.layouts[turn.key], self.sources[turn.key]
+        slab.weights = slab.kinds[layout]
+        names = [name for name in layout.slots if name in turn.names]
         if not self.ring:
             self.reader.read([(sources[name], slab.weights[name].data) for name in names])
             self.traffic.copies += len(names)
         else:
-            self.send(slab, [(name, sources[name]) for name in names])
+            self.send(slab, layout, [(name, sources[name]) for name in names])
         self.traffic.bytes_moved += sum(slab.weights[name].nbytes for name in names)
         slab.holds, slab.names = turn.key, turn.names
 
-    def send(self, slab: Slab, wanted: list[tuple[str, TensorEntry]]) -> None:
+    def send(self, slab: Slab, layout: Layout, wanted: list[tuple[str, TensorEntry]]) -> None:
         host = self.ring.pop(0)
         self.ring.append(host)
         if host.sent is not None:
             host.sent.synchronize()  # the reading side may wait; the executing thread never does
-        self.reader.read([(entry, host.views[name]) for name, entry in wanted])
+        self.reader.read([(entry, host.kinds[layout][name]) for name, entry in wanted])
         with torch.cuda.stream(self.stream):  # None: no CUDA, copies run where they stand
             if self.stream is not None:
                 self.stream.wait_event(slab.used)
-            for start, end in self.layout.ranges(name for name, _ in wanted):
+            for start, end in layout.ranges(name for name, _ in wanted):
                 slab.buffer[start:end].copy_(host.memory[start:end], non_blocking=True)
                 self.traffic.copies += 1
             if self.stream is not None:
@@ -194,6 +199,8 @@ class Feeder:
                 return self.ready.put(item, timeout=0.1)
             except queue.Full:
                 continue
+        if not isinstance(item, BaseException):
+            item[1].returned.set()  # nobody will take it, and the next run waits for it
 
     def take(self) -> tuple[Turn, Slab]:
         """The next slab, filled as far as work launched from now on is concerned. Raises what went wrong while filling."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import html
 import json
@@ -12,45 +11,26 @@ import uuid
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from .checkpoint import Component, check_tensors, checkpoint_folder, open_component, read_config, weight_files
+from .checkpoint import Component, checkpoint_folder, open_component, read_config, weight_files
 from .errors import CheckpointError, InputError
+from .residency import MODES, SLABS
+from .umt5 import UMT5, OnLayer, TextEncoderConfig, layer_bytes, needed_bytes
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 log = logging.getLogger("mova")
 
-EMBEDDING = ("shared.weight", "encoder.embed_tokens.weight")  # two names of one tensor; a file holds either or both
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 CACHE_VERSION = 1  # part of every key: raise it when an encoding changes
 CACHED_PROMPTS = 512  # files kept in a cache folder, 4 MB each at most with the released model in bf16
-
-
-@dataclass(frozen=True)
-class TextEncoderConfig:
-    """text_encoder/config.json; the defaults are the released values."""
-
-    d_model: int = 4096
-    d_kv: int = 64
-    d_ff: int = 10240
-    num_layers: int = 24
-    num_heads: int = 64
-    vocab_size: int = 256384
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
-    layer_norm_epsilon: float = 1e-6
-    feed_forward_proj: str = "gated-gelu"
-
-    def __post_init__(self) -> None:
-        if self.feed_forward_proj != "gated-gelu" or min(value for value in dataclasses.astuple(self) if isinstance(value, int)) < 1:
-            raise CheckpointError(f"text_encoder/config.json describes no UMT5 encoder ({dataclasses.asdict(self)}): download the folder again.")
 
 
 def clean_prompt(text: str) -> str:
@@ -66,7 +46,14 @@ class TextEncoder:
     """Prompts -> embeddings. The weights are opened at the first prompt that is not in the cache."""
 
     def __init__(
-        self, component: Component, config: TextEncoderConfig, tokenizer_file: Path, device: torch.device, dtype: torch.dtype | None, cache: PromptCache | None
+        self,
+        component: Component,
+        config: TextEncoderConfig,
+        tokenizer_file: Path,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        cache: PromptCache | None,
+        residency: str = "auto",
     ) -> None:
         self.component = component
         self.config = config
@@ -75,39 +62,41 @@ class TextEncoder:
         self.device = device
         self.requested_dtype = dtype
         self.cache = cache
-        self.model: nn.Module | None = None
+        self.residency = residency
+        self.model: UMT5 | None = None
 
     @torch.no_grad()
-    def encode(self, prompts: str | list[str], max_length: int = 512) -> Tensor:
+    def encode(self, prompts: str | list[str], max_length: int = 512, *, on_layer: OnLayer | None = None) -> Tensor:
         """Prompts -> [B, max_length, text_dim] on the device; rows behind a prompt's own tokens are exactly zero.
 
-        The empty prompt is one end token; a prompt longer than max_length tokens is cut, which one log line says. InputError for what is no text.
+        The empty prompt is one end token; a prompt longer than max_length tokens is cut, which one log line says. on_layer(done, total)
+        is called behind each layer of every prompt that is not in the cache, and may raise to cancel. InputError for what is no text.
         """
         texts = [prompts] if isinstance(prompts, str) else prompts
         if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
             raise InputError(f"A prompt must be text, or a list of texts with at least one in it; given was {texts!r:.80}.")
         if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
             raise InputError(f"max_length is {max_length!r}: give the number of tokens to encode, 512 for MOVA.")
-        embeddings = [self.encode_prompt(clean_prompt(text), max_length) for text in texts]  # each alone: [tokens, text_dim]
+        embeddings = [self.encode_prompt(clean_prompt(text), max_length, on_layer) for text in texts]  # each alone: [tokens, text_dim]
         return torch.stack([nn.functional.pad(rows, (0, 0, 0, max_length - len(rows))) for rows in embeddings])
 
-    def encode_prompt(self, prompt: str, max_length: int) -> Tensor:
+    def encode_prompt(self, prompt: str, max_length: int, on_layer: OnLayer | None) -> Tensor:
         """A cleaned prompt -> [tokens, text_dim], from the cache where it is there."""
         if self.cache is None:
-            return self.compute_rows(prompt, max_length)
+            return self.compute_rows(prompt, max_length, on_layer)
         key = self.cache_key(prompt, max_length)
         rows = self.cache.read(key, self.text_dim)
         if rows is None:
-            rows = self.compute_rows(prompt, max_length)
+            rows = self.compute_rows(prompt, max_length, on_layer)
             self.cache.write(key, rows)
         return rows.to(self.device)
 
-    def compute_rows(self, prompt: str, max_length: int) -> Tensor:
+    def compute_rows(self, prompt: str, max_length: int, on_layer: OnLayer | None) -> Tensor:
         """A cleaned prompt -> [tokens, text_dim]. Padding would be masked, so it is not computed."""
         tokens = self.tokenize(prompt, max_length)
         if self.model is None:
-            self.model = build_encoder(self.component, self.config, self.device, self.dtype)
-        rows = self.model(input_ids=torch.tensor([tokens], device=self.device)).last_hidden_state[0]
+            self.model = UMT5(self.component, self.config, self.device, self.dtype, self.residency)
+        rows = self.model.encode(tokens, on_layer)
         if not torch.isfinite(rows).all():
             raise CheckpointError(
                 f"The text encoder in {self.component.folder} made values that are not numbers ({self.dtype}): use bfloat16, or download it again."
@@ -127,9 +116,18 @@ class TextEncoder:
         """Tokens of a prompt, its end token included, before any cut."""
         return len(self.tokenizer.encode(clean_prompt(text)).ids)
 
+    def bytes_needed(self) -> int:
+        """Device memory to be free before a prompt is encoded: for the whole model where the device is that large, else for streaming it."""
+        whole, layers = layer_bytes(self.component, self.dtype), self.config.num_layers
+        resident, streamed = (needed_bytes(whole, slabs, layers) for slabs in (layers, SLABS))
+        too_large = self.device.type == "cuda" and resident > torch.cuda.mem_get_info(self.device)[1]
+        return streamed if self.residency == "stream" or (self.residency == "auto" and too_large) else resident
+
     def release(self) -> None:
         """Drops the weights; the next prompt that is not in the cache opens them again."""
-        self.model = None
+        if self.model is not None:
+            self.model.release()
+            self.model = None
 
     def to(self, device: str | torch.device) -> TextEncoder:
         """Computes on another device from now on. The weights are mapped anew there, so coming back to the CPU copies nothing."""
@@ -205,14 +203,22 @@ class PromptCache:
 
 
 def load_text_encoder(
-    folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, cache_dir: str | Path | None = None
+    folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    cache_dir: str | Path | None = None,
+    residency: str = "auto",
 ) -> TextEncoder:
     """Prepares `folder/tokenizer` and `folder/text_encoder`; weights stay closed until a prompt needs them.
 
-    dtype None = as stored. cache_dir keeps encoded prompts between runs. CheckpointError when a file is missing.
+    dtype None = as stored. cache_dir keeps encoded prompts between runs. residency: auto (all layers on the device where they
+    fit) | resident | stream (two at a time). CheckpointError when a file is missing.
     """
     if dtype not in (None, *DTYPES.values()):
         raise InputError(f"The text encoder cannot compute in {dtype}: use torch.bfloat16 or torch.float32.")
+    if residency not in MODES:
+        raise InputError(f"residency is {residency!r}; choose {', '.join(MODES)}.")
     component = open_component(folder, "text_encoder")
     config = read_config(TextEncoderConfig, component.config, str(component.folder / "config.json"))
     weight_files(component.folder)  # complains about missing ones now, not after the first prompt was typed
@@ -220,7 +226,7 @@ def load_text_encoder(
     if not tokenizer_file.is_file():
         raise CheckpointError(f"{tokenizer_file} is missing: download the tokenizer folder of the checkpoint again.")
     cache = PromptCache(Path(cache_dir)) if cache_dir is not None else None
-    return TextEncoder(component, config, tokenizer_file, torch.device(device), dtype, cache)
+    return TextEncoder(component, config, tokenizer_file, torch.device(device), dtype, cache, residency)
 
 
 def read_tokenizer(file: Path, vocab_size: int) -> Tokenizer:
@@ -236,29 +242,3 @@ def read_tokenizer(file: Path, vocab_size: int) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-def build_encoder(component: Component, config: TextEncoderConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The UMT5 encoder with weights as views of the mapped files where device and dtype allow."""
-    umt5: Any = import_transformers()
-    # eager: the attention the reference used; others round bf16 differently
-    settings = umt5.UMT5Config(**dataclasses.asdict(config), attn_implementation="eager")
-    with torch.device("meta"):
-        model = umt5.UMT5EncoderModel(settings)
-    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items() if key not in EMBEDDING}
-    stored = [name for name in EMBEDDING if name in component.index] or EMBEDDING[:1]
-    check_tensors(component, shapes | dict.fromkeys(stored, (config.vocab_size, config.d_model)))
-    # float16 overflows in the last projection of a block, so that one stays float32, as in transformers
-    weights = {
-        key: tensor.to(device, torch.float32 if dtype == torch.float16 and key.endswith(".wo.weight") else dtype) for key, tensor in component.tensors().items()
-    }
-    model.load_state_dict(weights | dict.fromkeys(EMBEDDING, weights[stored[0]]), assign=True)
-    return model.requires_grad_(False).eval()
-
-
-def import_transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise InputError(f"The text encoder needs transformers ({error}): pip install transformers.") from None
-    return transformers

@@ -16,6 +16,7 @@ import torch
 from .checkpoint import Component, load_weights, open_component, read_config
 from .errors import CheckpointError, InputError
 from .image import check_pixels
+from .latents import LatentSpace
 from .tiles import Tiles, choose_tiles
 
 OnChunk = Callable[[int, int], None]
@@ -43,6 +44,21 @@ class VideoVAEConfig:
     scale_factor_temporal: int = 4
     scale_factor_spatial: int = 8
     patch_size: int | None = None
+
+    @property
+    def space(self) -> LatentSpace:
+        return LatentSpace(self.latents_mean, self.latents_std, self.scale_factor_temporal)
+
+    def decode_bytes(self, height: int, width: int, itemsize: int) -> int:
+        """Peak memory of decoding a film of height x width pixels without tiles, of any length; itemsize: bytes per weight."""
+        return self._peak_bytes(DECODE_BYTES, height, width, itemsize)
+
+    def encode_bytes(self, height: int, width: int, itemsize: int) -> int:
+        """As `decode_bytes`, of encoding."""
+        return self._peak_bytes(ENCODE_BYTES, height, width, itemsize)
+
+    def _peak_bytes(self, bytes_per_pixel: int, height: int, width: int, itemsize: int) -> int:
+        return bytes_per_pixel * height * width * itemsize * self.base_dim // (2 * MEASURED_DIM)
 
 
 class FeatureCache(dict[int, Any]):
@@ -72,6 +88,7 @@ class VideoVAE:
     def __init__(self, network: torch.nn.Module, config: VideoVAEConfig):
         self.network = network
         self.config = config
+        self.space = config.space
         self.latent_channels = config.z_dim
         self.temporal_compression = config.scale_factor_temporal
         self.spatial_compression = config.scale_factor_spatial
@@ -91,14 +108,20 @@ class VideoVAE:
         return self
 
     def normalize(self, latents: torch.Tensor) -> torch.Tensor:
-        """VAE space -> the space the denoiser works in: (z - mean) / std per channel, float32 [B,16,...]."""
-        mean, std = self._statistics(latents)
-        return (latents.float() - mean) * (1 / std)
+        """VAE space -> the space the denoiser works in, float32 [B,16,T,h,w]."""
+        return self.space.normalize(latents)
 
     def denormalize(self, latents: torch.Tensor) -> torch.Tensor:
-        """The denoiser's space -> VAE space: z * std + mean per channel, float32 [B,16,...]."""
-        mean, std = self._statistics(latents)
-        return latents.float() * std + mean
+        """The denoiser's space -> VAE space, float32 [B,16,T,h,w]."""
+        return self.space.denormalize(latents)
+
+    def encode_bytes(self, height: int, width: int) -> int:
+        """Memory to have free on the device before a film of height x width pixels is encoded without tiles."""
+        return self.config.encode_bytes(height, width, self.dtype.itemsize)
+
+    def decode_bytes(self, height: int, width: int) -> int:
+        """As `encode_bytes`, before decoding."""
+        return self.config.decode_bytes(height, width, self.dtype.itemsize)
 
     def encode(self, images: torch.Tensor, *, tiling: Tiling = "auto", on_chunk: OnChunk | None = None) -> torch.Tensor:
         """A film [F,H,W,3] in 0..1 -> latents [1,16,T,h,w] in VAE space (the posterior's mode).
@@ -119,7 +142,7 @@ class VideoVAE:
 
         When a chunk repeats the one before and leaves the caches as it found them, its repetitions give the same latent and are not computed.
         """
-        tiles = self._tiles(ENCODE_BYTES, height, width, tiling)
+        tiles = self._tiles(self.encode_bytes(height, width), height, width, tiling)
         caches = [FeatureCache() for _ in range(len(tiles))]
         total = 1 + (num_frames - 1) // self.temporal_compression
         latents: list[torch.Tensor] = []
@@ -159,7 +182,7 @@ class VideoVAE:
         """
         check_latents(latents, self.latent_channels)
         height, width = (side * self.spatial_compression for side in latents.shape[-2:])
-        return self._decode_frames(latents, self._tiles(DECODE_BYTES, height, width, tiling), on_chunk)
+        return self._decode_frames(latents, self._tiles(self.decode_bytes(height, width), height, width, tiling), on_chunk)
 
     def _decode_frames(self, latents: torch.Tensor, tiles: Tiles, on_chunk: OnChunk | None) -> Iterator[torch.Tensor]:
         batch, _, length, _, _ = latents.shape
@@ -209,30 +232,37 @@ class VideoVAE:
         first = not cache
         return self.network.decoder(self.network.post_quant_conv(latent), feat_cache=cache, feat_idx=[0], first_chunk=first)
 
-    def _tiles(self, bytes_per_pixel: int, height: int, width: int, tiling: Tiling) -> Tiles:
-        peak = bytes_per_pixel * height * width * (self.dtype.itemsize / 2) * (self.config.base_dim / MEASURED_DIM)
+    def _tiles(self, peak: int, height: int, width: int, tiling: Tiling) -> Tiles:
         return choose_tiles(tiling, height, width, cell=self.spatial_compression, peak=peak, device=self.device)
-
-    def _statistics(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if latents.ndim < 2 or latents.shape[1] != self.latent_channels:
-            raise InputError(
-                f"The latents are {list(latents.shape)}: this VAE has {self.latent_channels} channels, [B,{self.latent_channels},T,h,w] is needed."
-            )
-        shape = [-1] + [1] * (latents.ndim - 2)
-        mean, std = (torch.tensor(values, device=latents.device).view(shape) for values in (self.config.latents_mean, self.config.latents_std))
-        return mean, std
 
 
 def load_video_vae(folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> VideoVAE:
     """Opens `folder/video_vae` of a MOVA checkpoint. dtype None = as stored. CheckpointError when it is not a Wan 2.1 VAE or incomplete."""
-    from diffusers import AutoencoderKLWan
-
+    network_class = import_network()
     component = open_component(folder, "video_vae")
     config = read_vae_config(component)
     with torch.device("meta"):
-        network = AutoencoderKLWan.from_config(component.config)
+        network = network_class.from_config(component.config)
     load_weights(network, component)
     return VideoVAE(network.eval(), config).to(device, dtype)
+
+
+def import_network() -> Any:
+    """diffusers' AutoencoderKLWan. InputError when diffusers cannot be loaded, for whatever reason below it (which it tells as a RuntimeError)."""
+    try:
+        from diffusers import AutoencoderKLWan
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise InputError(
+            f"The video VAE needs diffusers, which cannot be loaded ({reason}): pip install diffusers; if it is there, repair what it stumbles over, "
+            "such as a torchaudio made for another version of torch."
+        ) from None
+    return AutoencoderKLWan
+
+
+def open_latent_space(folder: str | Path) -> LatentSpace:
+    """Reads `folder/video_vae/config.json` of a checkpoint; the weights stay closed. CheckpointError when it is not a Wan 2.1 VAE's."""
+    return read_vae_config(open_component(folder, "video_vae")).space
 
 
 def read_vae_config(component: Component) -> VideoVAEConfig:

@@ -7,6 +7,7 @@ from .decode import MOVADecodeAudio, MOVADecodeVideo
 from .denoise import MOVADenoise
 from .encode_audio import MOVAEncodeAudio
 from .encode_text import MOVAEncodeText
+from .estimate import MOVAEstimate
 from .image_to_video_audio import MOVAImageToVideoAudio
 from .keep_stream import MOVAKeepStream
 from .load import MOVALoadAudioVAE, MOVALoadModel, MOVALoadTextEncoder, MOVALoadVideoVAE
@@ -27,6 +28,7 @@ class MOVAStudio(ComfyExtension):
             MOVADecodeVideo,
             MOVADecodeAudio,
             MOVAEncodeAudio,
+            MOVAEstimate,
         ]
 
 

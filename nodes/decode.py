@@ -32,6 +32,7 @@ class MOVADecodeVideo(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples: sockets.Latent, vae: Any, tiling: str) -> io.NodeOutput:
+        sockets.check_video_vae(vae)
         latents = sockets.decodable(samples, 0)
         if isinstance(vae, host.VideoVAESocket):
             film = vae.decode(latents, tiling)
@@ -58,5 +59,6 @@ class MOVADecodeAudio(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples: sockets.Latent, vae: Any) -> io.NodeOutput:
+        sockets.check_audio_vae(vae)
         waveform = vae.decode(sockets.decodable(samples, -1)).movedim(-1, 1)  # [B, S, C] -> [B, C, S]
         return io.NodeOutput({"waveform": waveform, "sample_rate": vae.audio_sample_rate})

@@ -8,11 +8,11 @@ import torch
 from comfy_api.latest import io
 
 from ..mova.denoiser import Denoiser
-from ..mova.latents import open_latent_space
+from ..mova.errors import InputError
 from ..mova.pipeline import draw_noise
-from ..mova.residency import ACTIVATION_RESERVE
-from ..mova.sampler import sample
+from ..mova.sampler import Guidance, sample
 from ..mova.schedule import MAX_STEPS, SCHEDULES
+from ..mova.video_vae import open_latent_space
 from . import host, sockets
 from .load import MovaModel
 
@@ -104,14 +104,18 @@ class MOVADenoise(io.ComfyNode):
         context, negative_context = sockets.read_prompt(positive, "positive"), sockets.read_prompt(negative, "negative")
         space, fps = open_latent_space(model.folder), sockets.read_frame_rate(positive)
         picture, sound = sockets.read_streams(video, audio)
+        frames = space.frames(picture.samples.shape[2])
         if sound is None or (sound.empty and sound.mask is None):
-            sound = empty_sound(model, picture.samples, space.frames(picture.samples.shape[2]), fps)
+            sound = empty_sound(model, picture.samples, frames, fps)
+        check_length(sound, model.audio_clock().latent_length(frames, fps), frames, fps)
         condition = sockets.read_condition(positive, picture.samples, space)
         starts = {"video_start": picture.start(denoise, space.normalize), "audio_start": sound.start(denoise)}
         masks = {"video_mask": picture.mask, "audio_mask": sound.mask}
         video_noise, audio_noise = draw_noise(seed, tuple(picture.samples.shape), tuple(sound.samples.shape))
         noises = {"video_noise": video_noise, "audio_noise": audio_noise}
-        host.free_memory(model.parts.bytes(model.dtype) + ACTIVATION_RESERVE, model.device)
+        passes = Guidance(settings["cfg"], settings["audio_cfg"] or settings["cfg"], settings["bridge_guidance"]).passes
+        rows = max(context.shape[1], negative_context.shape[1])
+        host.free_memory(model.wanted_bytes(tuple(picture.samples.shape), passes, rows), model.device)
         progress = host.SamplingProgress(settings["steps"], model.device)
         callbacks = {"on_step": progress.on_step, "on_layer": progress.on_layer}
         prompts = {"context": context, "negative_context": negative_context, "condition": condition, "fps": fps}
@@ -128,3 +132,13 @@ def empty_sound(model: Denoiser, video: torch.Tensor, frames: int, fps: float) -
     clock = model.audio_clock()
     samples = torch.zeros(len(video), model.audio_channels, clock.latent_length(frames, fps))
     return sockets.read_stream(sockets.audio_latent(samples, clock), "audio")
+
+
+def check_length(sound: sockets.Stream, expected: int, frames: int, fps: float) -> None:
+    """InputError unless the sound is as long as the clip; encoders round up or down to a whole latent."""
+    given = sound.samples.shape[2]
+    if abs(given - expected) > 1:
+        raise InputError(
+            f"The audio latents are {given} long, but {frames} pictures at {fps:g} per second need {expected}: encode the sound with MOVA Audio Encode, "
+            "with the length and fps of MOVA Image to Video+Audio."
+        )

@@ -39,12 +39,12 @@ class MOVAEncodeText(io.ComfyNode):
 
     @classmethod
     def execute(cls, text_encoder: TextEncoder, prompt: str, negative_prompt: str) -> io.NodeOutput:
-        host.free_memory(host.bytes_on_disk(text_encoder.component.folder.parent, "text_encoder"), text_encoder.device)
-        encoded = []
+        host.free_memory(text_encoder.bytes_needed(), text_encoder.device)
+        encoded, progress = [], host.ChunkProgress()
         try:
             for text in (prompt, negative_prompt):
                 host.check_cancel()
-                encoded.append([[text_encoder.encode([text]).to(host.intermediate_device()), {}]])
+                encoded.append([[text_encoder.encode([text], on_layer=progress).to(host.intermediate_device()), {}]])
         finally:
             text_encoder.release()
         return io.NodeOutput(*encoded)

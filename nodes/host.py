@@ -16,16 +16,15 @@ from comfy import model_management
 from torch import Tensor
 
 from ..mova.audio_vae import AudioVAE, AudioVAEConfig
-from ..mova.checkpoint import open_component, read_config, weight_files
+from ..mova.checkpoint import open_component, read_config
 from ..mova.errors import InputError
 from ..mova.sampler import Step
-from ..mova.video_vae import DECODE_BYTES, ENCODE_BYTES, VideoVAE
+from ..mova.video_vae import VideoVAE
 
 MODELS = "mova"  # the folder below models/, and its name in extra_model_paths.yaml
 NO_MODEL = "put a MOVA folder into models/mova"
 DEPTH = 4  # sub-folders searched below models/mova, so that a link in a circle ends
 PREVIEW_SECONDS = 1 / 6  # per latent frame of 4 pictures: a moving preview at the clip's own speed, 24 pictures per second
-SOUND_BYTES = 2048  # the audio VAE's peak per sample: eight float32 tensors of its last stage's 64 channels
 
 # ---------------------------------------------------------------- model folders
 
@@ -85,6 +84,13 @@ def torch_device() -> torch.device:
     return model_management.get_torch_device()
 
 
+def describe_device(device: torch.device) -> tuple[str, int | None]:
+    """(name, bytes of memory) of a GPU, such as "NVIDIA GeForce RTX 4090"; (type, None) of what has no memory of its own."""
+    if device.type != "cuda":
+        return device.type, None
+    return torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
+
+
 def text_device() -> torch.device:
     return model_management.text_encoder_device()
 
@@ -99,16 +105,11 @@ def free_memory(need: int, device: torch.device) -> None:
     model_management.free_memory(need, device)
 
 
-def bytes_on_disk(folder: Path, *parts: str) -> int:
-    """Size of the weights of these sub-folders of a checkpoint."""
-    return sum(file.stat().st_size for part in parts for file in weight_files(open_component(folder, part).folder))
-
-
 @contextmanager
-def placed(vae: Any, need: float) -> Iterator[Any]:
+def placed(vae: Any, need: int) -> Iterator[Any]:
     """A VAE of ours on the VAE device while the block runs; afterwards, however it ends, it is on the CPU again."""
     device = model_management.vae_device()
-    free_memory(int(need), device)
+    free_memory(need, device)
     try:
         yield vae.to(device)
     finally:
@@ -124,7 +125,7 @@ def check_cancel() -> None:
 
 
 class ChunkProgress:
-    """Bar and cancel of a VAE's work; to be called with (done, total)."""
+    """Bar and cancel of a VAE's or text encoder's work; to be called with (done, total)."""
 
     def __init__(self) -> None:
         self.bar = comfy.utils.ProgressBar(1)
@@ -174,6 +175,15 @@ def find_previewer(device: torch.device) -> Any | None:
     return latent_preview.get_previewer(device, Wan21())
 
 
+def show_text(node_id: str, text: str) -> None:
+    """Writes on a node of the page while it runs; does nothing where there is no page."""
+    try:
+        from server import PromptServer
+    except ImportError:
+        return
+    PromptServer.instance.send_progress_text(text, node_id)
+
+
 # ---------------------------------------------------------------- VAE sockets
 
 
@@ -188,7 +198,7 @@ class VideoVAESocket:
     def decode(self, samples: Tensor, tiling: str | tuple[int, int] = "auto") -> Tensor:
         """[B, 16, T, h, w] -> [B, F, H, W, 3] in 0..1."""
         height, width = (side * self.spatial_compression for side in samples.shape[-2:])
-        with placed(self.vae, self.peak_bytes(DECODE_BYTES, height, width)) as vae:
+        with placed(self.vae, self.vae.decode_bytes(height, width)) as vae:
             film = vae.decode(samples, tiling=tiling, on_chunk=ChunkProgress())
         return film.unflatten(0, (samples.shape[0], -1)).to(intermediate_device())
 
@@ -203,7 +213,7 @@ class VideoVAESocket:
         cell, group = self.spatial_compression, self.temporal_compression
         top, left = height % cell // 2, width % cell // 2
         film = pixels[: (frames - 1) // group * group + 1, top : top + height // cell * cell, left : left + width // cell * cell, :3]
-        with placed(self.vae, self.peak_bytes(ENCODE_BYTES, height, width)) as vae:
+        with placed(self.vae, self.vae.encode_bytes(height, width)) as vae:
             return vae.encode(film, tiling=tiling, on_chunk=ChunkProgress()).to(intermediate_device())
 
     def encode_tiled(self, pixels: Tensor, tile_x: int | None = None, tile_y: int | None = None, overlap: int | None = None, **_: Any) -> Tensor:
@@ -212,16 +222,12 @@ class VideoVAESocket:
 
     def encode_chunks(self, chunks: Iterator[Tensor], *, height: int, width: int, **settings: Any) -> Tensor:
         """As `VideoVAE.encode_chunks`, on the VAE device."""
-        with placed(self.vae, self.peak_bytes(ENCODE_BYTES, height, width)) as vae:
+        with placed(self.vae, self.vae.encode_bytes(height, width)) as vae:
             return vae.encode_chunks(chunks, height=height, width=width, **settings | {"on_chunk": ChunkProgress()})
 
     def audio_clock(self) -> AudioVAEConfig:
         """The rates of the sound that belongs to this checkpoint."""
         return read_audio_clock(self.folder)
-
-    def peak_bytes(self, bytes_per_pixel: int, height: int, width: int) -> float:
-        """Without tiles; bytes_per_pixel was measured in bf16."""
-        return bytes_per_pixel * height * width * self.vae.dtype.itemsize / 2
 
     def spacial_compression_decode(self) -> int:  # core's spelling
         return self.spatial_compression
@@ -246,13 +252,13 @@ class AudioVAESocket:
     def decode(self, samples: Tensor) -> Tensor:
         """[B, Ca, Ta] -> [B, S, 1]."""
         check_cancel()
-        with placed(self.vae, self.peak_bytes(samples.shape[0] * samples.shape[-1] * self.vae.hop)) as vae:
+        with placed(self.vae, self.vae.peak_bytes(samples.shape[0] * samples.shape[-1] * self.vae.hop)) as vae:
             return vae.decode(samples).movedim(1, -1).to(intermediate_device())
 
     def encode(self, sound: Tensor, sample_rate: int | None = None) -> Tensor:
         """[B, S, C] -> [B, Ca, Ta]; sample_rate None = `audio_sample_rate`, which core resamples to before it calls."""
         check_cancel()
-        with placed(self.vae, self.peak_bytes(sound.shape[0] * sound.shape[1])) as vae:
+        with placed(self.vae, self.vae.peak_bytes(sound.shape[0] * sound.shape[1])) as vae:
             return vae.encode(sound.movedim(-1, 1), sample_rate or self.audio_sample_rate).to(intermediate_device())
 
     def decode_tiled(self, samples: Tensor, **_: Any) -> Tensor:
@@ -264,9 +270,6 @@ class AudioVAESocket:
 
     def audio_clock(self) -> AudioVAEConfig:
         return self.vae.config
-
-    def peak_bytes(self, samples: int) -> int:
-        return samples * SOUND_BYTES + sum(weight.nbytes for weight in self.vae.weights.values())
 
     def spacial_compression_decode(self) -> int:
         return self.vae.hop

@@ -17,7 +17,7 @@ log = logging.getLogger("mova")
 
 SIZES = {"match image 360p": (640, 352), "match image 720p": (1280, 720)}  # longer and shorter side in pixels, as released
 CUSTOM = "custom"
-CHANNELS, CELL = 16, 8  # of the Wan 2.1 VAE's latents: channels, pixels per latent
+CELL = 8  # pixels per latent of the Wan 2.1 VAE
 
 
 class MOVAImageToVideoAudio(io.ComfyNode):
@@ -107,7 +107,7 @@ class MOVAImageToVideoAudio(io.ComfyNode):
         condition = image_condition(sockets.ConditionVAE(vae), first, height=height, width=width, num_frames=length, last_image=last)
         device, clock = host.intermediate_device(), find_audio_clock(vae)
         values = {"concat_latent_image": condition[:, 4:].to(device), "concat_mask": (1 - condition[:, :4]).to(device), "frame_rate": fps}
-        video = torch.zeros(batch_size, CHANNELS, condition.shape[2], height // CELL, width // CELL, device=device)
+        video = torch.zeros(batch_size, sockets.VIDEO_CHANNELS, condition.shape[2], height // CELL, width // CELL, device=device)
         audio = torch.zeros(batch_size, clock.latent_channels, clock.latent_length(length, fps), device=device)
         return io.NodeOutput(
             sockets.with_values(positive, values), sockets.with_values(negative, values), sockets.video_latent(video), sockets.audio_latent(audio, clock), fps

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 
+from ..mova.attention import KERNELS
 from ..mova.audio_vae import load_audio_vae
-from ..mova.denoiser import ATTENTION, load_denoiser
-from ..mova.residency import ACTIVATION_RESERVE, MODES
+from ..mova.denoiser import load_denoiser
+from ..mova.residency import MODES
 from ..mova.text import load_text_encoder
 from ..mova.video_vae import load_video_vae
 from . import host
@@ -16,7 +17,6 @@ MovaModel = io.Custom("MOVA_MODEL")
 MovaTextEncoder = io.Custom("MOVA_TEXT_ENCODER")
 
 PRECISIONS = {"as stored": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-IN_USE = ("video_dit", "audio_dit", "dual_tower_bridge")  # of the denoiser at one time: the second expert is as large as the first
 
 
 def model_input() -> io.Combo.Input:
@@ -57,9 +57,9 @@ class MOVALoadModel(MovaLoader):
                 ),
                 io.Combo.Input(
                     "attention",
-                    options=list(ATTENTION),
+                    options=list(KERNELS),
                     advanced=True,
-                    tooltip="The attention kernel of PyTorch. auto: PyTorch chooses; others fail where the GPU lacks them.",
+                    tooltip="The attention kernel of PyTorch. auto: the fastest that agrees with PyTorch's default; others are refused where the GPU lacks them.",
                 ),
             ],
             outputs=[MovaModel.Output(display_name="model")],
@@ -67,10 +67,7 @@ class MOVALoadModel(MovaLoader):
 
     @classmethod
     def execute(cls, model: str, precision: str, residency: str, attention: str) -> io.NodeOutput:
-        folder, device = host.model_folder(model), host.torch_device()
-        if residency == "auto":  # it goes by what is free now; sampling makes the same room
-            host.free_memory(host.bytes_on_disk(folder, *IN_USE) + ACTIVATION_RESERVE, device)
-        denoiser = load_denoiser(folder, device=device, dtype=PRECISIONS[precision], residency=residency)
+        denoiser = load_denoiser(host.model_folder(model), device=host.torch_device(), dtype=PRECISIONS[precision], residency=residency)
         denoiser.attention = attention
         return io.NodeOutput(denoiser)
 
@@ -89,7 +86,7 @@ class MOVALoadTextEncoder(MovaLoader):
                 io.Combo.Input(
                     "device",
                     options=["auto", "cpu"],
-                    tooltip="Where prompts are encoded. auto: where ComfyUI puts text encoders. cpu: slower, needs no GPU memory (11 GB).",
+                    tooltip="Where prompts are encoded. auto: where ComfyUI puts text encoders, layer by layer where they do not fit (11 GB). cpu: slower, needs no GPU memory.",
                 ),
             ],
             outputs=[MovaTextEncoder.Output(display_name="text_encoder")],

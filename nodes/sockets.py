@@ -22,6 +22,7 @@ Latent = dict[str, Any]
 
 USUAL_TOKENS = 512  # what MOVA was trained with
 FPS = 24.0  # where the conditioning does not tell
+VIDEO_CHANNELS = 16  # of the Wan 2.1 VAE's latents
 MASK_CHANNELS = 4  # one for each pixel frame of a latent frame
 RESIZING = {3: "linear", 5: "trilinear"}  # of masks, by the stream's dimensions; as core does
 
@@ -212,10 +213,25 @@ def decodable(latent: Latent, stream: int) -> Tensor:
 # ---------------------------------------------------------------- VAE
 
 
+def check_video_vae(vae: Any) -> None:
+    """InputError unless the VAE is for video and has the latents that MOVA works with."""
+    if vae.temporal_compression_decode() is None or vae.latent_channels != VIDEO_CHANNELS:
+        raise InputError(
+            "The vae is not the Wan 2.1 video VAE, with whose latents (16 channels) MOVA works: connect Load MOVA Video VAE, or core's Load VAE with that file."
+        )
+
+
+def check_audio_vae(vae: Any) -> None:
+    """InputError when the VAE is for video."""
+    if vae.temporal_compression_decode() is not None:
+        raise InputError("The vae is for video: sound needs MOVA's audio VAE. Connect Load MOVA Audio VAE.")
+
+
 class ConditionVAE:
     """A VAE socket as `mova.image_condition` sees a VAE; latents stay in VAE space, which is what CONDITIONING carries."""
 
     def __init__(self, vae: Any) -> None:
+        check_video_vae(vae)
         self.vae = vae
         self.temporal_compression = vae.temporal_compression_decode()
 

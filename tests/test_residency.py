@@ -120,10 +120,8 @@ def test_each_layer_travels_once_per_step_and_prompts_keys_once_per_expert(strea
     denoiser = streaming(tiny_mova)
     seen = []
     mova.sample(denoiser, **loop, on_layer=lambda done, total: None, on_step=lambda step: seen.append(denoiser.report().bytes_moved))
-    sizes = {name: (slot.end - slot.start, torch.Size(slot.shape).numel() * 4) for name, slot in denoiser.residency.layout.slots.items()}
-    full, lean = (
-        sum(sizes[name][1] for i in range(4) for name in denoiser.residency.layer_sources["high", i] if keys or not is_text_key(name)) for keys in (True, False)
-    )
+    slots = [item for i in range(4) for item in denoiser.residency.layouts["high", i].slots.items()]
+    full, lean = (sum(torch.Size(slot.shape).numel() * 4 for name, slot in slots if keys or not is_text_key(name)) for keys in (True, False))
     shells = denoiser.report().bytes_moved - (2 * full + 2 * lean)
     assert lean < full and 0 < shells < full  # two experts: each step moves its layers once, the first of each also the prompt's keys
     assert denoiser.report().allocations_in_loop == 0
@@ -215,7 +213,7 @@ def stand_in(device, mode="auto", stored=True):
         stored=stored,
         dtype=torch.bfloat16,
         parts=SimpleNamespace(count=40),
-        layout=SimpleNamespace(nbytes=int(0.973e9)),
+        sizes=[int(0.973e9)] * 40,
     )
 
 

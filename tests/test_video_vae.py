@@ -226,7 +226,8 @@ def test_estimate_of_the_peak(tiny_mova, vvae, monkeypatch):
     monkeypatch.setattr("mova.video_vae.choose_tiles", lambda *args, peak, **rest: peaks.append(peak) or tiles.Tiles(2, 2, 2, 2))
     for dtype in (torch.bfloat16, torch.float32):
         load_video_vae(tiny_mova, dtype=dtype).decode(torch.zeros(1, 16, 1, 2, 2))
-    assert peaks == pytest.approx([11300 * 256 * 8 / 96, 2 * 11300 * 256 * 8 / 96])
+    assert peaks == [11300 * 256 * 8 // 96, 2 * 11300 * 256 * 8 // 96]
+    assert (vvae.decode_bytes(16, 16), vvae.encode_bytes(16, 16)) == (peaks[1], 2 * 7500 * 256 * 8 // 96)
 
 
 def test_free_memory_of_this_machine():
