@@ -43,8 +43,7 @@ Shapes = frozenset[tuple[int, int]]  # (heads, head_dim)
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(head_dim) + bias) v over [B, L, heads * head_dim]; bias broadcasts to [B, heads, Lq, Lk]."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B, H, L, d]
-    backend = INSISTED.get()
-    if bias is not None or backend is None:
+    if bias is not None or (backend := INSISTED.get()) is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)  # [B, Lq, H * d]
     with sdpa_kernel(backend):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)

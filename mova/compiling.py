@@ -1,46 +1,60 @@
-"""Regional torch.compile: what a block does row by row becomes a few fused kernels, compiled once for all layers (spec/performance.md 4).
+"""Regional torch.compile: what a block does row by row is fused into a few kernels, compiled once for all layers (spec/performance.md 4).
 
-Weights are inputs of what is compiled, so a layer whose weights were exchanged needs nothing new, and neither does another
-length. Fused arithmetic rounds less often: results are close to the plain ones, not equal.
+Weights are inputs of what is compiled, so a layer that streams in needs nothing new, and neither does another length.
+Queries and keys stay as they are: their rotation is complex, which the compiler has no code for. Fused arithmetic rounds
+less often: results are close to the plain ones, not equal.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .layers import Block
 
 log = logging.getLogger("mova")
 
-ROW_WORK = ("queries", "keys", "post", "rest")  # methods of Block
-
 
 class Compilation:
-    """The row work of blocks, compiled when it is first done; where that fails it is done as it is, which one log line says."""
+    """Compiles functions when they are first called; where that fails they run as they are from then on, which one log line says."""
 
     def __init__(self) -> None:
-        self.compiled: dict[Callable, Callable] = {}
+        self.compiled: dict[Callable[..., Tensor], Callable[..., Tensor]] = {}
         self.failed = False
 
-    def apply(self, blocks: nn.ModuleList) -> None:
-        for block in blocks:
-            for name in ROW_WORK:
-                setattr(block, name, partial(self.work, getattr(type(block), name), block))
-
-    def work(self, plain: Callable, block: Block, *args: Any) -> Any:
+    def run(self, plain: Callable[..., Tensor], *args: Any) -> Tensor:
         if self.failed:
-            return plain(block, *args)
-        known = plain in self.compiled
-        compiled = self.compiled.setdefault(plain, torch.compile(plain, dynamic=True)) if not known else self.compiled[plain]
+            return plain(*args)
+        if plain not in self.compiled:
+            self.compiled[plain] = torch.compile(plain, dynamic=True)
         try:
-            return compiled(block, *args)
-        except torch._dynamo.exc.TorchDynamoException as error:
+            return self.compiled[plain](*args)
+        except torch._dynamo.exc.TorchDynamoException as error:  # nothing given was changed by then
             self.failed = True
-            log.warning("Blocks are not compiled (%s): install a C++ compiler, and on a GPU triton. Sampling goes on without.", str(error).strip().splitlines()[0])
-            return plain(block, *args)
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            log.warning("Blocks cannot be compiled here (%s); sampling goes on without. It takes a C++ compiler, and on a GPU triton.", reason)
+            return plain(*args)
+
+
+class CompiledBlock(Block):
+    """A block whose row work is compiled."""
+
+    compilation: Compilation
+
+    def post(self, *args: Any) -> Tensor:
+        return self.compilation.run(Block.post, self, *args)
+
+    def rest(self, *args: Any) -> Tensor:
+        return self.compilation.run(Block.rest, self, *args)
+
+
+def compile_blocks(towers: list[nn.Module]) -> None:
+    """Makes every block of the towers a compiled one; nothing is compiled before it is computed with."""
+    compilation = Compilation()
+    for tower in towers:
+        for block in tower.blocks:
+            block.__class__, block.compilation = CompiledBlock, compilation

@@ -17,6 +17,7 @@ from .attention import Shapes, attention_kernel, choose_kernel
 from .audio_vae import AudioVAEConfig
 from .bridge import Bridge, BridgeConfig
 from .checkpoint import Component, check_tensors, checkpoint_folder, convert_value, open_component, read_config, read_json
+from .compiling import compile_blocks
 from .errors import CheckpointError, InputError, SamplingError
 from .fp8 import check_stored, follow_config
 from .layers import Block, TextKeys
@@ -319,11 +320,14 @@ def check_streams(denoiser: Denoiser, video: Tensor, audio: Tensor, condition: T
         raise InputError(f"fps is {fps}; it must be a positive number (24 is what MOVA was trained on).")
 
 
-def load_denoiser(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, residency: str = "auto") -> Denoiser:
+def load_denoiser(
+    folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, residency: str = "auto", compile: bool = False
+) -> Denoiser:
     """Opens video_dit, video_dit_2, audio_dit, dual_tower_bridge and scheduler of a released checkpoint; no weight is read yet.
 
     dtype None = as stored in video_dit; quantized weights (mova.fp8) stay so whatever it is. residency: auto | resident |
-    stream (see mova.residency). CheckpointError lists every tensor that is missing, unexpected or misshapen.
+    stream (see mova.residency). compile: blocks are compiled in the first step (see mova.compiling), or run as they are
+    where that is not possible. CheckpointError lists every tensor that is missing, unexpected or misshapen.
     """
     root = checkpoint_folder(folder)
     opened = {name: open_component(root, part) for name, part in FOLDERS.items()}
@@ -338,6 +342,8 @@ def load_denoiser(folder: str | Path, *, device: str | torch.device = "cpu", dty
         module.requires_grad_(False)
         check_tensors(opened[name], {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()})
         check_stored(opened[name], module)
+    if compile:
+        compile_blocks([*experts.values(), audio])
     tensors, entries = ({name: make(component) for name, component in opened.items()} for make in (Component.tensors, attrgetter("index")))
     parts = Parts(experts, audio, bridge, tensors, entries)
     stored = parts.tensors["high"]["patch_embedding.weight"].dtype
