@@ -32,6 +32,16 @@ def golden_config():
     return lambda name: json.loads(golden_path(f"{name}.json").read_text(encoding="utf-8"))["config"]
 
 
+@pytest.fixture
+def loop(golden):
+    """The reference's guided run of four steps as arguments of `mova.sample`, prompts as short as they are."""
+    case = golden("cfg_loop")
+    return dict(
+        context=case["prompt_embeds"], negative_context=case["negative_embeds"], condition=case["condition"],
+        video_noise=case["noise_video"], audio_noise=case["noise_audio"], steps=4,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def tiny_mova() -> Path:
     """The reference's small random checkpoint, in the released layout."""

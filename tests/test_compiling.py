@@ -15,15 +15,6 @@ GRAPHS = 16  # two functions in pieces around attention, for two widths, views o
 
 
 @pytest.fixture
-def loop(golden):
-    case = golden("cfg_loop")
-    return dict(
-        context=case["prompt_embeds"], negative_context=case["negative_embeds"], condition=case["condition"],
-        video_noise=case["noise_video"], audio_noise=case["noise_audio"], steps=4,
-    )  # fmt: skip
-
-
-@pytest.fixture
 def backend(monkeypatch):
     """backend(name or function): what torch.compile works with instead of a C++ compiler, which would take a minute."""
     torch._dynamo.reset()

@@ -41,15 +41,6 @@ def small(tiny_mova, tmp_path_factory):
 
 
 @pytest.fixture
-def loop(golden):
-    case = golden("cfg_loop")
-    return dict(
-        context=case["prompt_embeds"], negative_context=case["negative_embeds"], condition=case["condition"],
-        video_noise=case["noise_video"], audio_noise=case["noise_audio"], steps=4,
-    )  # fmt: skip
-
-
-@pytest.fixture
 def copied(tiny_mova, tmp_path):
     """A copy to damage."""
     return shutil.copytree(tiny_mova, tmp_path / "original")

@@ -1,8 +1,10 @@
 """Streaming and residency: the same numbers wherever the weights live, and nothing left behind whatever goes wrong."""
 
 import dataclasses
+import gc
 import shutil
 import threading
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -20,15 +22,6 @@ from mova.slabs import Link, Slab
 from mova.towers import AudioTower, AudioTowerConfig, TowerConfig, VideoTower
 
 GIB = 2**30
-
-
-@pytest.fixture
-def loop(golden):
-    case = golden("cfg_loop")
-    return dict(
-        context=case["prompt_embeds"], negative_context=case["negative_embeds"], condition=case["condition"],
-        video_noise=case["noise_video"], audio_noise=case["noise_audio"], steps=4,
-    )  # fmt: skip
 
 
 @pytest.fixture
@@ -177,6 +170,37 @@ def test_cancel_and_error_end_the_feeding_thread(streaming, tiny_mova, loop, exp
             mova.sample(denoiser, **loop, on_layer=lambda done, total, number=number: interrupt(done == 1 + number % 4))
         assert "mova-feed" not in threads()
     assert_equal(mova.sample(denoiser, **loop), expected)
+
+
+def live_bytes():
+    """Of all tensors that anything still holds."""
+    gc.collect()
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in gc.get_objects()
+        if issubclass(type(tensor), torch.Tensor) and not tensor.is_meta
+    }
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("ending", ["finished", "cancelled", "failed"])
+def test_memory_returns_to_where_it_was(streaming, tiny_mova, loop, ending):
+    denoiser = streaming(tiny_mova, own=1)
+
+    broken = {"video_noise": loop["video_noise"] * torch.nan} if ending == "failed" else {}
+    expectation = {"finished": nullcontext(), "cancelled": pytest.raises(KeyboardInterrupt), "failed": pytest.raises(SamplingError)}
+
+    def run():
+        with expectation[ending]:
+            mova.sample(denoiser, **loop | broken, on_layer=lambda done, total: interrupt(ending == "cancelled" and done == 3))
+
+    run()
+    before = live_bytes()
+    for _ in range(10):
+        run()
+    assert live_bytes() <= before + 4096
+    denoiser.release()
+    assert live_bytes() < before - denoiser.residency.traffic.slab_bytes / 2
 
 
 def interrupt(now):
