@@ -19,7 +19,7 @@ from .bridge import Bridge, BridgeConfig
 from .checkpoint import Component, check_tensors, checkpoint_folder, convert_value, open_component, read_config, read_json
 from .compiling import compile_blocks
 from .errors import CheckpointError, InputError, SamplingError
-from .fp8 import check_stored, follow_config
+from .fp8 import check_stored, fixed_dtypes, follow_config
 from .layers import Block, TextKeys
 from .residency import EXPERTS, Layer, Parts, Report, Residency
 from .schedule import ScheduleConfig
@@ -325,7 +325,7 @@ def load_denoiser(
 ) -> Denoiser:
     """Opens video_dit, video_dit_2, audio_dit, dual_tower_bridge and scheduler of a released checkpoint; no weight is read yet.
 
-    dtype None = as stored in video_dit; quantized weights (mova.fp8) stay so whatever it is. residency: auto | resident |
+    dtype None = as stored in video_dit; quantized weights (mova.fp8) stay so whatever it is, and torch.float8_e4m3fn insists on them. residency: auto | resident |
     stream (see mova.residency). compile: blocks are compiled in the first step (see mova.compiling), or run as they are
     where that is not possible. CheckpointError lists every tensor that is missing, unexpected or misshapen.
     """
@@ -347,6 +347,10 @@ def load_denoiser(
     tensors, entries = ({name: make(component) for name, component in opened.items()} for make in (Component.tensors, attrgetter("index")))
     parts = Parts(experts, audio, bridge, tensors, entries)
     stored = parts.tensors["high"]["patch_embedding.weight"].dtype
+    if dtype == torch.float8_e4m3fn:
+        if not fixed_dtypes(experts["high"]):
+            raise CheckpointError(f"{root} holds no 8-bit weights: write them once with 'python -m mova quantize {root} OUT', and load OUT.")
+        dtype = stored
     schedule = read_config(ScheduleConfig, read_json(root / "scheduler" / "scheduler_config.json"), "scheduler/scheduler_config.json")
     boundary = convert_value(read_json(root / "model_index.json").get("boundary_ratio", BOUNDARY_RATIO), float, "model_index.json: boundary_ratio")
     return Denoiser(parts, Residency(parts, torch.device(device), dtype or stored, residency), schedule, boundary, root)

@@ -16,7 +16,7 @@ from . import host
 MovaModel = io.Custom("MOVA_MODEL")
 MovaTextEncoder = io.Custom("MOVA_TEXT_ENCODER")
 
-PRECISIONS = {"as stored": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PRECISIONS = {"as stored": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
 
 
 def model_input() -> io.Combo.Input:
@@ -47,7 +47,10 @@ class MOVALoadModel(MovaLoader):
             inputs=[
                 model_input(),
                 io.Combo.Input(
-                    "precision", options=list(PRECISIONS), tooltip="What is computed in. As stored: bf16 in the release. fp32 takes twice the memory."
+                    "precision",
+                    options=list(PRECISIONS),
+                    tooltip="What is computed in. As stored: bf16 in the release. fp32 takes twice the memory. "
+                    "fp8: the 8-bit weights of a checkpoint written by 'python -m mova quantize', half the memory.",
                 ),
                 io.Combo.Input(
                     "residency",

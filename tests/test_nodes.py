@@ -209,7 +209,7 @@ def test_every_node_and_input_is_explained(pack):
 def test_seed_is_controlled_and_choices_are_complete(pack):
     inputs = {node_id: {item.id: item for item in node.GET_SCHEMA().inputs} for node_id, node in pack.nodes.items()}
     assert inputs["MOVADenoise"]["seed"].control_after_generate and inputs["MOVADenoise"]["seed"].max == 2**64 - 1
-    assert inputs["MOVALoadModel"]["precision"].options == ["as stored", "bf16", "fp16", "fp32"]
+    assert inputs["MOVALoadModel"]["precision"].options == ["as stored", "bf16", "fp16", "fp32", "fp8"]
     assert inputs["MOVALoadModel"]["attention"].options == ["auto", "flash", "cudnn", "memory-efficient", "math"]
     assert inputs["MOVAImageToVideoAudio"]["size"].options == ["match image 360p", "match image 720p", "custom"]
     assert inputs["MOVADenoise"]["schedule"].options == ["reference", "simple"]

@@ -442,3 +442,9 @@ def test_command(tiny_mova, tmp_path, monkeypatch, capsys):
     assert code == 0 and "kept" in stdout and "written" not in stdout and "--measure" in stdout and "step 1" not in stdout
     code, stdout, stderr = run(tmp_path / "out", tmp_path / "again")
     assert code == 1 and stderr.startswith("mova: ") and stderr.count("\n") == 1 and stdout == ""
+
+
+def test_insisting_on_8_bits(tiny_mova, small):
+    assert mova.load_denoiser(small, dtype=torch.float8_e4m3fn).dtype == torch.float32  # what is computed in stays as stored
+    with pytest.raises(CheckpointError, match="mova quantize"):
+        mova.load_denoiser(tiny_mova, dtype=torch.float8_e4m3fn)
