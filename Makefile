@@ -36,3 +36,7 @@ lint: venv
 
 bench: venv
 	$(RUN) -m bench
+
+# On an NVIDIA GPU; half an hour and 40 GB of temporary disk. Results are kept in bench/results/.
+bench-gpu: venv
+	$(RUN) -m bench.gpu

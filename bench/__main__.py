@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import subprocess
 import sys
 
+from .step import describe_machine
+
 RUNS = {
+    "ledger": ("bench.ledger",),
+    "overlap": ("bench.overlap",),
+    "memory": ("bench.memory",),
     "step_float32": ("bench.step", "--dtype", "float32"),
     "step_bfloat16": ("bench.step", "--dtype", "bfloat16"),
-    "memory": ("bench.memory",),
 }
 
 
 def main() -> None:
-    results = {}
+    results: dict[str, object] = {"date": datetime.date.today().isoformat(), "machine": describe_machine()}
     for name, (module, *words) in RUNS.items():
         print(f"{name} ...", file=sys.stderr)
         done = subprocess.run([sys.executable, "-m", module, *words], check=True, stdout=subprocess.PIPE, text=True)

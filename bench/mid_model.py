@@ -105,26 +105,26 @@ def component_configs(size: Size) -> dict[str, Config]:
 
 
 def random_weights(config: Config, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Tensor]:
-    """Normal numbers, drawn so that every layer, the prompt and the other stream show in the output: a model that hears nothing would hide a wrong sampler.
+    """Normal numbers, drawn so that every layer, the prompt and the other stream show in the output: a model that hears nothing would hide a wrong sampler."""
+    return {name: torch.empty(slot.shape).normal_(*centre_and_spread(name, slot), generator=generator).to(dtype) for name, slot in weight_slots(config).items()}
 
-    Matrices N(0, 0.8/sqrt(inputs)), which is 0.02 at width 1536; biases 0.02; modulations 0.3 (gates far from zero); norm weights around 1, of queries and
-    keys around 1.6 (attention that selects).
-    """
+
+def weight_slots(config: Config) -> dict[str, Tensor]:
+    """The tensors of a component, without memory."""
     with torch.device("meta"):
-        shapes = (Bridge if "audio_fps" in config else Tower)(config).state_dict()
-    weights = {}
-    for name, slot in shapes.items():
-        centre, spread = 0.0, 0.02
-        if name.endswith("modulation"):
-            spread = 0.3
-        elif name.endswith(("norm_q.weight", "norm_k.weight")):
-            centre = 1.6
-        elif slot.ndim == 1 and name.endswith("weight"):
-            centre = 1.0
-        elif slot.ndim > 1:
-            spread = 0.8 / slot[0].numel() ** 0.5
-        weights[name] = torch.empty(slot.shape).normal_(centre, spread, generator=generator).to(dtype)
-    return weights
+        return (Bridge if "audio_fps" in config else Tower)(config).state_dict()
+
+
+def centre_and_spread(name: str, slot: Tensor) -> tuple[float, float]:
+    """Matrices N(0, 0.8/sqrt(inputs)), which is 0.02 at width 1536; biases 0.02; modulations 0.3 (gates far from zero); norm weights around 1, of
+    queries and keys around 1.6 (attention that selects)."""
+    if name.endswith("modulation"):
+        return 0.0, 0.3
+    if name.endswith(("norm_q.weight", "norm_k.weight")):
+        return 1.6, 0.02
+    if slot.ndim == 1 and name.endswith("weight"):
+        return 1.0, 0.02
+    return 0.0, 0.8 / slot[0].numel() ** 0.5 if slot.ndim > 1 else 0.02
 
 
 def write_json(path: Path, values: Config) -> None:

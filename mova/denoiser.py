@@ -27,7 +27,7 @@ from .towers import AudioTower, AudioTowerConfig, Grid, Tower, TowerConfig, Vide
 
 FOLDERS = {"high": "video_dit", "low": "video_dit_2", "audio": "audio_dit", "bridge": "dual_tower_bridge"}
 BOUNDARY_RATIO = 0.9  # where model_index.json does not tell
-BLOCK_PEAK = 2.7  # live activations of a block beside its tokens, in units of them (bench.ledger counts it)
+BLOCK_PEAK = 2.5  # live activations of a block beside its tokens, in units of them (bench.ledger counts it)
 SMALL_TENSORS = 2**30  # bytes for all that does not grow with the clip, while the prompts are read
 OnLayer = Callable[[int, int], None]
 

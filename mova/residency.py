@@ -138,6 +138,7 @@ class Residency:
         self.shared: list[Slab] = []
         self.link: Link | None = None
         self.feeder: Feeder | None = None
+        self.allocations_before: int | None = None  # of the device's memory, when the first step of a run was through
 
     # ---------------------------------------------------------------- figures
 
@@ -240,6 +241,9 @@ class Residency:
         if self.feeder is not None:
             self.feeder.stop()
             self.feeder = None
+        if self.allocations_before is not None:
+            self.traffic.allocations_in_loop += device_allocations(self.device) - self.allocations_before
+            self.allocations_before = None
 
     def walk(self, expert: str) -> Iterator[Layer]:
         """The layers of an expert in order, each ready to compute; after `begin`, as its next step says."""
@@ -254,6 +258,8 @@ class Residency:
                 yield layer
             finally:
                 slab.give_back()
+        if self.allocations_before is None:
+            self.allocations_before = device_allocations(self.device)
 
     # ---------------------------------------------------------------- what lies outside the layers
 
@@ -312,6 +318,11 @@ def seat(layer: Layer, slab: Slab) -> None:
 def spread(count: int, total: int) -> frozenset[int]:
     """`count` of `total` layers, evenly: what streams between them has time to arrive."""
     return frozenset(i for i in range(total) if (i + 1) * count // total > i * count // total)
+
+
+def device_allocations(device: torch.device) -> int:
+    """How often PyTorch has asked the device for memory so far; a loop that is warm asks no more."""
+    return torch.cuda.memory_stats(device).get("num_device_alloc", 0) if device.type == "cuda" else 0
 
 
 def free_bytes(device: torch.device) -> int:

@@ -98,7 +98,7 @@ class Traffic:
 
     bytes_moved: int = 0
     copies: int = 0
-    allocations_in_loop: int = 0
+    allocations_in_loop: int = 0  # of device memory after the first step of a run
     slab_bytes: int = 0  # at most, at any time
     pinned_bytes: int = 0
 

@@ -117,7 +117,6 @@ def test_each_layer_travels_once_per_step_and_prompts_keys_once_per_expert(strea
     full, lean = (sum(torch.Size(slot.shape).numel() * 4 for name, slot in slots if keys or not is_text_key(name)) for keys in (True, False))
     shells = denoiser.report().bytes_moved - (2 * full + 2 * lean)
     assert lean < full and 0 < shells < full  # two experts: each step moves its layers once, the first of each also the prompt's keys
-    assert denoiser.report().allocations_in_loop == 0
 
 
 def test_full_size_bytes_per_step():
