@@ -158,9 +158,7 @@ def test_more_costs_more(predict):
 
 def test_report(predict):
     text = str(predict(GPUS["RTX 4060"], "720p"))
-    assert text.startswith(
-        "30.4 hours, 12 GB VRAM, 7.05 GB RAM\nPredicted, not measured, for 1280x720, 193 frames, 50 steps of 2 passes, stream, on RTX 4060."
-    )
+    assert text.startswith("30.4 hours, 12 GB VRAM, 7.05 GB RAM\nPredicted, not measured, for 1280x720, 193 frames, 50 steps of 2 passes, stream, on RTX 4060.")
     assert "Sampling: 30.4 hours" in text and "does not fit in 8 GB: choose a smaller or shorter clip" in text
     assert "choose residency auto or stream" in str(predict(GPUS["RTX 4090"], residency="resident"))
     unknown = predict(CPU)
