@@ -177,7 +177,7 @@ def live_bytes():
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in gc.get_objects()
-        if issubclass(type(tensor), torch.Tensor) and not tensor.is_meta
+        if type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_meta
     }
     return sum(storages.values())
 
