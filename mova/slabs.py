@@ -8,6 +8,7 @@ allocated while the loop runs.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 
 from .checkpoint import TensorEntry
 from .reading import Reader
+
+log = logging.getLogger("mova")
 
 ALIGNMENT = 256  # bytes; what copy engines and tensor cores like
 HOST_BUFFERS = 3
@@ -119,12 +122,22 @@ class Link:
         self.layouts, self.device, self.sources, self.traffic = layouts, device, sources, traffic
         self.reader = Reader()
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.ring = [] if device.type == "cpu" else [self.make_buffer() for _ in range(HOST_BUFFERS)]
+        self.ring = [] if device.type == "cpu" else self.make_ring()
 
-    def make_buffer(self) -> HostBuffer:
+    def make_ring(self) -> list[HostBuffer]:
+        """As many buffers as the system lets us pin; one that is not pinned where it lets none, which is slower."""
+        ring: list[HostBuffer] = []
+        try:
+            while len(ring) < HOST_BUFFERS:
+                ring.append(self.make_buffer(pinned=self.stream is not None))
+        except RuntimeError as error:  # WSL and some drivers allow little
+            log.warning("Only %d of %d host buffers could be pinned (%s): weights may arrive later than they are needed.", len(ring), HOST_BUFFERS, error)
+        return ring or [self.make_buffer(pinned=False)]
+
+    def make_buffer(self, pinned: bool) -> HostBuffer:
         kinds = set(self.layouts.values())
-        memory = torch.empty(max(layout.nbytes for layout in kinds), dtype=torch.uint8, pin_memory=self.stream is not None)
-        self.traffic.pinned_bytes += memory.nbytes if self.stream is not None else 0
+        memory = torch.empty(max(layout.nbytes for layout in kinds), dtype=torch.uint8, pin_memory=pinned)
+        self.traffic.pinned_bytes += memory.nbytes if pinned else 0
         return HostBuffer(memory, {layout: layout.carve(memory) for layout in kinds}, torch.cuda.Event() if self.stream is not None else None)
 
     def fill(self, slab: Slab, turn: Turn) -> None:

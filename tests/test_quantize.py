@@ -215,7 +215,7 @@ def test_the_same_clip_in_every_residency(small, loop, monkeypatch):
 
     def with_ring(link, *args):
         build(link, *args)
-        link.ring = [link.make_buffer() for _ in range(2)]
+        link.ring = link.make_ring()
 
     for mode, own, ring in [("stream", 0, False), ("stream", 2, False), ("stream", 3, True), ("resident", 4, False)]:
         denoiser = mova.load_denoiser(small, residency=mode)

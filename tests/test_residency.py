@@ -74,10 +74,33 @@ def test_through_a_ring_of_host_buffers(streaming, tiny_mova, loop, expected, mo
 
     def with_ring(link, *args):
         build(link, *args)
-        link.ring = [link.make_buffer() for _ in range(2)]
+        link.ring = link.make_ring()
 
     monkeypatch.setattr(Link, "__init__", with_ring)
     assert_equal(mova.sample(streaming(tiny_mova), **loop), expected)
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 2])
+def test_little_pinned_memory_is_enough(streaming, tiny_mova, loop, expected, monkeypatch, caplog, allowed):
+    build, make = Link.__init__, Link.make_buffer
+
+    def limited(link, pinned, made=[]):  # noqa: B006  the list counts over all calls
+        made.append(pinned)
+        if len(made) == allowed + 1:
+            raise RuntimeError("cudaHostAlloc failed (as it were)")
+        return make(link, pinned)
+
+    def with_ring(link, *args):
+        build(link, *args)
+        link.ring = link.make_ring()
+
+    monkeypatch.setattr(Link, "make_buffer", limited)
+    monkeypatch.setattr(Link, "__init__", with_ring)
+    denoiser = streaming(tiny_mova)
+    with caplog.at_level("WARNING", logger="mova"):
+        assert_equal(mova.sample(denoiser, **loop), expected)
+    assert len(denoiser.residency.link.ring) == max(allowed, 1)
+    assert f"Only {allowed} of 3" in caplog.text
 
 
 def test_a_slab_is_not_touched_before_its_layer_has_run(streaming, tiny_mova, loop, expected, monkeypatch):

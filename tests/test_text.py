@@ -329,7 +329,7 @@ def test_through_a_ring_of_host_buffers(tiny_mova, encoder, monkeypatch):
 
     def with_ring(link, *args):
         build(link, *args)
-        link.ring = [link.make_buffer() for _ in range(2)]
+        link.ring = link.make_ring()
 
     monkeypatch.setattr(Link, "__init__", with_ring)
     assert torch.equal(load_text_encoder(tiny_mova, residency="stream").encode(["rain", "snow"]), encoder.encode(["rain", "snow"]))
