@@ -508,6 +508,6 @@ def test_model_folders_are_comfyuis(tmp_path):
 
 
 def test_headless_stays_small():
-    """A runner that can be read in one sitting: under 600 lines, blank ones not counted."""
+    """A ceiling against growth. The design asks for under 600 lines; with blank ones there are about 720, so that is not met yet."""
     lines = [line for file in (ROOT / "headless").glob("*.py") for line in file.read_text(encoding="utf-8").splitlines()]
     assert sum(bool(line.strip()) for line in lines) < 600
