@@ -28,8 +28,8 @@ from torch import Tensor
 import mova
 from mova.demo_model import CONFIGS, write_demo_model
 from mova.denoiser import Branch, Denoiser, StepTimes
-from mova.estimate import add, forward_work
 from mova.video_vae import FeatureCache, VideoVAE, VideoVAEConfig, import_network
+from mova.work import add, forward_work
 
 from .ceilings import RIVALS, ceilings, forget_files
 from .gpu_meters import GPU, Figure, clean_gpu, memory, or_sentence, seconds, spread

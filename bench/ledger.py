@@ -25,13 +25,13 @@ from mova import towers
 from mova.bridge import Bridge, BridgeConfig, Conditioner
 from mova.checkpoint import TensorEntry
 from mova.denoiser import Branch, Denoiser, JointRun, StepTimes
-from mova.estimate import forward_work
 from mova.layers import Block, CrossAttention
 from mova.reading import Reader
 from mova.residency import LAYERS, PREPARATION, SLABS, Parts, Residency
 from mova.schedule import ScheduleConfig
-from mova.slabs import HOST_BUFFERS, Link
+from mova.slabs import Link, ring_bytes
 from mova.towers import AudioTower, AudioTowerConfig, TowerConfig, VideoTower
+from mova.work import forward_work
 
 from .counting import FLASH, GPUKernels, Ledger
 
@@ -224,8 +224,7 @@ def count_streaming(denoiser: Denoiser, steps: int = 3) -> dict[str, object]:
         "tensors_made_in_the_loop": sum(made),
         "layer_bytes": layer,
         "slab_bytes": slabs,
-        "pinned_bytes": HOST_BUFFERS * layer,
-        "pinned_bytes_as_allocated": HOST_BUFFERS * 2 ** math.ceil(math.log2(layer)),  # PyTorch rounds pinned memory up to a power of two
+        "pinned_bytes": ring_bytes(layer),
     }
 
 
@@ -263,7 +262,7 @@ def measure() -> dict[str, object]:
             "activations": activations,
             "device_bytes": count_device(full.parts, streaming, activations["step_peak_bytes"], size),
         }
-    host = {"pinned": streaming["pinned_bytes_as_allocated"], "process": int(PROCESS_BYTES)}
+    host = {"pinned": streaming["pinned_bytes"], "process": int(PROCESS_BYTES)}
     return result | {"unreclaimable_host_bytes": host | {"sum": sum(host.values())}}
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,6 +43,12 @@ class TensorEntry:
     dtype: str
     offset: int
     nbytes: int
+
+    def rows(self, start: int, stop: int) -> TensorEntry:
+        """Part of the tensor, along its first dimension; a scalar is one row."""
+        count = self.shape[0] if self.shape else 1
+        row = self.nbytes // count
+        return replace(self, shape=(stop - start, *self.shape[1:]) if self.shape else (), offset=self.offset + start * row, nbytes=(stop - start) * row)
 
 
 @dataclass(frozen=True)

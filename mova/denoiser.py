@@ -16,6 +16,7 @@ from torch import Tensor
 from .attention import Shapes, attention_kernel, choose_kernel
 from .audio_vae import AudioVAEConfig
 from .bridge import Bridge, BridgeConfig
+from .cards import find_device
 from .checkpoint import Component, check_tensors, checkpoint_folder, convert_value, open_component, read_config, read_json
 from .compiling import compile_blocks
 from .errors import CheckpointError, InputError, SamplingError
@@ -24,6 +25,7 @@ from .layers import Block, TextKeys
 from .residency import EXPERTS, Layer, Parts, Report, Residency
 from .schedule import ScheduleConfig
 from .towers import AudioTower, AudioTowerConfig, Grid, Tower, TowerConfig, VideoTower
+from .work import add, forward_work
 
 FOLDERS = {"high": "video_dit", "low": "video_dit_2", "audio": "audio_dit", "bridge": "dual_tower_bridge"}
 BOUNDARY_RATIO = 0.9  # where model_index.json does not tell
@@ -178,6 +180,7 @@ class JointRun:
         self.video_rope, self.audio_rope = tower.rope(self.grid).to(self.device), audio_tower.rope(audio.shape[2]).to(self.device)
         aligned = denoiser.parts.bridge.rope(self.grid, audio.shape[2], fps, self.dtype)
         self.bridge_ropes = None if aligned is None else tuple((cos.to(self.device), sin.to(self.device)) for cos, sin in aligned)
+        self.audio_length = audio.shape[2]
         self.expert: str | None = None
         self.started = False
         self.video_times: dict[int, tuple[Tensor, Tensor]] = {}
@@ -204,13 +207,21 @@ class JointRun:
     def begin(self, k: int) -> None:
         """Weights start to flow for step k and all that follow."""
         experts = [step.expert for step in self.steps]
-        self.denoiser.residency.settle(self.activation_bytes())
+        self.denoiser.residency.settle(self.activation_bytes(), self.layer_seconds())
         self.denoiser.residency.begin([(expert, expert not in experts[k : k + later]) for later, expert in enumerate(experts[k:])])
         self.expert, self.started = None, True
 
     def activation_bytes(self) -> int:
         together, text = max(len(group.branches) for group in self.groups), max(group.context.shape[1] for group in self.groups)
         return activation_bytes(self.denoiser, self.batch * math.prod(self.grid), self.branches, together, text, self.batch)
+
+    def layer_seconds(self) -> float:
+        """How long a GPU computes on one layer for all branches, at least."""
+        if self.device.type != "cuda":
+            return math.inf
+        parts, card = self.denoiser.parts, find_device(torch.cuda.get_device_name(self.device), None)
+        work = add(forward_work(parts, math.prod(self.grid), self.audio_length).values())
+        return self.batch * self.branches * card.least_seconds(*work) / parts.count
 
     def enter(self, expert: str) -> None:
         """Makes an expert the active one; its tower reads the prompts and the timesteps it will be asked at."""

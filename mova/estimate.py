@@ -7,123 +7,24 @@ The work is counted from the checkpoint's own sizes; how fast a card does it com
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
 
+from .cards import PAGE_CACHE, Device
 from .checkpoint import open_component
 from .denoiser import Denoiser, activation_bytes
 from .errors import InputError
 from .image import check_size
-from .residency import MARGIN, MODES, SLABS, Parts
+from .residency import MARGIN, MODES, Parts, slabs_needed
 from .schedule import MAX_STEPS
-from .slabs import HOST_BUFFERS
-from .towers import TowerConfig
+from .slabs import ring_bytes
 from .video_vae import read_vae_config
+from .work import TEXT_TOKENS, Work, add, forward_work
 
-TEXT_TOKENS = 512  # as in the published timings; that padding is collapsed here saves less than 1 % of the work
 MAX_PASSES = 3  # prompt, negative prompt, bridge guidance
 
 # Read and written per video block and bridge layer by what is no matrix product, in units of the video's tokens x width (1.2, eager).
 TRAFFIC_UNITS, BRIDGE_TRAFFIC_UNITS = 70.8, 15.1
 PROCESS_BYTES = 2_000_000_000  # RAM of Python, PyTorch and the host (1.7)
-LINK = 8e9  # bytes/s at which layers arrive: page cache, several threads (1.6, assumed)
-
-CALIBRATED = "calibrated on published timings of such cards, usually 5 to 10 % off"
-SCALED = "scaled from other cards by its peak, perhaps 25 % off"
-
-# ---------------------------------------------------------------- devices
-
-
-@dataclass(frozen=True)
-class Device:
-    """What computes. memory: bytes of a GPU, None = the CPU. Rates: FLOP/s of attention by kernel and of linear layers, bytes/s of memory."""
-
-    name: str
-    memory: float | None
-    attention: dict[str, float] = field(default_factory=dict)  # empty: nothing is known of its speed
-    linear: float = math.nan
-    bandwidth: float = math.nan
-    source: str = ""
-
-
-def card(name: str, gigabytes: float, attention: float, linear: float, bandwidth: float, source: str, cudnn: float | None = None) -> Device:
-    """memory in GB, attention and linear in TFLOP/s, bandwidth in TB/s."""
-    kernels = {"auto": cudnn or attention, "flash": attention, "cudnn": cudnn or attention}
-    return Device(name, gigabytes * 1e9, {kernel: rate * 1e12 for kernel, rate in kernels.items()}, linear * 1e12, bandwidth * 1e12, source)
-
-
-# bf16 (1.3, 1.4). On Hopper mova.attention chooses cuDNN, by far the faster kernel there.
-CARDS = (
-    card("RTX 3060", 12, 22, 22, 0.36, SCALED),
-    card("RTX 4060", 8, 28.5, 28.5, 0.272, SCALED),
-    card("RTX 3090", 24, 64, 64, 0.936, SCALED),
-    card("RTX 4090", 24, 164, 160, 1.008, CALIBRATED),
-    card("RTX 5090", 32, 195, 195, 1.79, SCALED),
-    card("A100", 80, 217, 217, 1.94, SCALED),
-    card("H100", 80, 370, 750, 3.35, CALIBRATED, cudnn=595),
-    card("H200", 141, 370, 750, 4.3, CALIBRATED, cudnn=595),
-)
-GPUS = {device.name: device for device in CARDS}
-SIBLING = r"(?!.*\b(?:Ti|SUPER|Laptop|Mobile|PCIe|NVL|D)\b)"  # other cards are sold under the same number
-
-
-def find_device(name: str, memory: float | None) -> Device:
-    """A device by its driver's name, such as "NVIDIA GeForce RTX 4090", with `memory` bytes (None = the CPU)."""
-    for known in CARDS:
-        if re.search(rf"\b{known.name}\b{SIBLING}", name):
-            return Device(name, memory, known.attention, known.linear, known.bandwidth, known.source)
-    return Device(name, memory)
-
-
-# ---------------------------------------------------------------- work and memory
-
-
-class Work(NamedTuple):
-    """FLOPs of attention cores (QK^T and PV), and of linear layers."""
-
-    attention: float
-    linear: float
-
-    @property
-    def total(self) -> float:
-        return self.attention + self.linear
-
-
-def forward_work(parts: Parts, video: int, audio: int, text: int = TEXT_TOKENS) -> dict[str, Work]:
-    """The work of one forward over so many tokens, by component: the rows of the table in 1.2."""
-    tower, sound, talking = parts.experts["high"].config, parts.audio.config, len(parts.bridge.config.layers)
-    rows = tower_work(tower, video, text)
-    rows["bridge audio to video"] = scale(cross_work(video, audio, tower.dim, sound.dim), talking)
-    rows["bridge video to audio"] = scale(cross_work(audio, video, sound.dim, tower.dim), talking)
-    rows["audio tower"] = add(tower_work(sound, audio, text).values())
-    return rows
-
-
-def tower_work(config: TowerConfig, tokens: int, text: int) -> dict[str, Work]:
-    dim, patch = config.dim, math.prod(config.patch_size)
-    embedding = 2 * tokens * dim * patch * (config.in_dim + config.out_dim) + 2 * text * dim * (config.text_dim + dim)
-    layer = {
-        "self-attention": Work(4 * tokens * tokens * dim, 0),
-        "self-attention projections": Work(0, 8 * tokens * dim * dim),
-        "cross-attention": cross_work(tokens, text, dim, dim),
-        "feed-forward": Work(0, 4 * tokens * dim * config.ffn_dim),
-    }
-    return {name: scale(work, config.num_layers) for name, work in layer.items()} | {"patch, head, text": Work(0, embedding)}
-
-
-def cross_work(queries: int, keys: int, dim: int, other: int) -> Work:
-    """Attention of `queries` tokens of width dim to `keys` tokens of width other, with its four projections."""
-    return Work(4 * queries * keys * dim, 4 * queries * dim * dim + 4 * keys * other * dim)
-
-
-def scale(work: Work, times: int) -> Work:
-    return Work(work.attention * times, work.linear * times)
-
-
-def add(works: Iterable[Work]) -> Work:
-    return Work(*(sum(column) for column in zip(*works, strict=True)))
 
 
 def step_seconds(parts: Parts, work: Work, unit: int, passes: int, device: Device, kernel: str) -> float:
@@ -131,9 +32,6 @@ def step_seconds(parts: Parts, work: Work, unit: int, passes: int, device: Devic
     units = TRAFFIC_UNITS * len(parts.experts["high"].blocks) + BRIDGE_TRAFFIC_UNITS * len(parts.bridge.config.layers)
     forward = work.attention / device.attention.get(kernel, math.nan) + work.linear / device.linear + units * unit / device.bandwidth
     return passes * forward
-
-
-# ---------------------------------------------------------------- the estimate
 
 
 @dataclass(frozen=True)
@@ -237,9 +135,10 @@ def estimate(
     if residency == "auto":
         fits = mapped if cpu else sum(layers) + activations + MARGIN <= device.memory
         residency = "resident" if fits else "stream"
-    weights = sum(layers) if residency == "resident" else SLABS * max(layers)
-    own = (0 if mapped else weights) + max(activations, decoding) if cpu else HOST_BUFFERS * max(layers)
     compute = step_seconds(parts, work, tokens * parts.experts["high"].config.dim * denoiser.dtype.itemsize, passes, device, denoiser.attention)
+    slabs = slabs_needed(max(layers) / PAGE_CACHE, math.inf if cpu else passes * device.least_seconds(*work) / parts.count)
+    weights = sum(layers) if residency == "resident" else slabs * max(layers)
+    own = (0 if mapped else weights) + max(activations, decoding) if cpu else ring_bytes(max(layers))
     return Estimate(
         settings=f"{width}x{height}, {num_frames} frames, {steps} steps of {passes} passes, {residency}",
         device=device,
@@ -247,7 +146,7 @@ def estimate(
         mode=residency,
         steps=steps,
         flops_per_step=passes * work.total,
-        seconds_per_step=compute if residency == "resident" else max(compute, sum(layers) / LINK),  # nan stays nan
+        seconds_per_step=compute if residency == "resident" else max(compute, sum(layers) / PAGE_CACHE),  # nan stays nan
         weights_bytes=weights,
         activation_bytes=activations,
         decoding_bytes=decoding,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .bridge import Bridge, Conditioner
+from .cards import DISK, PAGE_CACHE
 from .checkpoint import TensorEntry
 from .errors import InputError
 from .fp8 import fixed_dtypes
@@ -31,7 +33,7 @@ log = logging.getLogger("mova")
 
 MODES = ("auto", "resident", "stream")
 EXPERTS = ("high", "low")
-SLABS = 2  # that streamed layers take turns in: one computes, one is filled
+SLABS = 2  # that streamed layers take turns in at least: one computes, one is filled
 MARGIN = 2**30  # bytes of device memory left to the allocator and the host
 DIRECTIONS = {"to_video": "audio_to_video_conditioners", "to_audio": "video_to_audio_conditioners"}
 LAYERS = ("blocks.", *DIRECTIONS.values())  # how the names of tensors within layers begin
@@ -108,6 +110,22 @@ class Placement:
     why: str
     own: frozenset[int] = frozenset()
     shared: int = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run as far as it matters to where weights live: bytes beside the layers, and seconds of compute on one layer at least."""
+
+    activations: int
+    layer_seconds: float = math.inf
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes of device memory to be had, and of RAM (None = not known)."""
+
+    free: int
+    ram: int | None = None
 
 
 @dataclass
@@ -198,9 +216,13 @@ class Residency:
         slabs = SLABS * max(self.sizes) if self.mode == "stream" else sum(self.sizes)
         return slabs + activations + MARGIN
 
-    def settle(self, activations: int) -> None:
-        """Decides where layers live for a run whose activations take so many bytes; what does not suit it leaves the device."""
-        placement = choose_placement(self, activations, free_bytes(self.device) + self.held_bytes())
+    def settle(self, activations: int, layer_seconds: float = math.inf) -> None:
+        """Decides where layers live for a run whose activations take so many bytes, and which computes so long on a layer at least.
+
+        What does not suit it leaves the device.
+        """
+        room = Room(free_bytes(self.device) + self.held_bytes(), available_ram())
+        placement = choose_placement(self, Job(activations, layer_seconds), room)
         if self.placement is None or (placement.own, placement.shared) != (self.placement.own, self.placement.shared):
             self.release()
             log.info("MOVA weights: %s (%s)", placement.mode, placement.why)
@@ -214,7 +236,7 @@ class Residency:
             return False
         self.mode = "stream"
         why = f"the device ran out of memory with {len(self.placement.own)} layers resident"
-        self.placement = Placement("stream", why, spread(kept, self.parts.count), SLABS)
+        self.placement = Placement("stream", why, spread(kept, self.parts.count), self.placement.shared or SLABS)
         log.warning("MOVA weights: %s; now %d of %d.", why, kept, self.parts.count)
         return True
 
@@ -333,23 +355,45 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + cached
 
 
-def choose_placement(residency: Residency, activations: int, free: int) -> Placement:
+def available_ram() -> int | None:
+    """RAM that programs and the page cache can have; None where psutil, which ComfyUI brings, is absent."""
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return psutil.virtual_memory().available
+
+
+def slabs_needed(arrival: float, compute: float) -> int:
+    """In how many slabs streamed layers take turns (spec/performance.md 1.6), from the seconds a layer travels and computes.
+
+    Two hide an arrival that takes less than half of the compute, however uneven; beyond, one more evens it out. An arrival
+    that takes longer than the compute sets the pace whatever the depth.
+    """
+    return SLABS if not arrival > compute / 2 else SLABS + 1
+
+
+def choose_placement(residency: Residency, job: Job, room: Room) -> Placement:
     """What fits beside the activations of the run, in a sentence."""
-    device, count, mode = residency.device.type, residency.parts.count, residency.mode
+    device, count, mode, sizes = residency.device.type, residency.parts.count, residency.mode, residency.sizes
     everything = Placement("resident", "as asked", frozenset(range(count)))
     if device == "cpu" and mode != "stream" and residency.stored:
         return Placement("views", "the stored dtype on the CPU: views of the mapped files")
     if mode == "resident":
         return everything
+    spare, cached = room.free - job.activations - MARGIN, room.ram is None or room.ram >= sum(sizes)
+    from_disk = "" if cached else f"; {room.ram / 2**30:.1f} GiB of RAM do not hold the weights, so they come from disk again and again"
+    shared = slabs_needed(max(sizes) / (PAGE_CACHE if cached else DISK), job.layer_seconds)
+    shared = shared if shared * max(sizes) <= spare else SLABS
     if mode == "stream":
-        return Placement("stream", "as asked", shared=SLABS)
+        return Placement("stream", f"as asked, in {shared} slabs{from_disk}", shared=shared)
     if device == "cpu":
-        return Placement("stream", f"converted to {residency.dtype} layer by layer", shared=SLABS)
+        return Placement("stream", f"converted to {residency.dtype} layer by layer{from_disk}", shared=SLABS)
     if device != "cuda":
         return Placement("resident", f"no streaming on {device}", everything.own)
-    spare, sizes = free - activations - MARGIN, residency.sizes
-    why = f"{free / 2**30:.1f} GiB free, {activations / 2**30:.1f} for activations, {sum(sizes) / 2**30:.1f} for all {count} layers"
+    why = f"{room.free / 2**30:.1f} GiB free, {job.activations / 2**30:.1f} for activations, {sum(sizes) / 2**30:.1f} for all {count} layers"
     if sum(sizes) <= spare:
         return Placement("resident", why, everything.own)
-    fitting = [own for own in (spread(kept, count) for kept in range(count)) if sum(sizes[i] for i in own) + SLABS * max(sizes) <= spare]
-    return Placement("stream", why, fitting[-1] if fitting else frozenset(), SLABS)
+    why += from_disk
+    fitting = [own for own in (spread(kept, count) for kept in range(count)) if sum(sizes[i] for i in own) + shared * max(sizes) <= spare]
+    return Placement("stream", why, fitting[-1] if fitting else frozenset(), shared)

@@ -1,9 +1,9 @@
 """Room for layers on the device, filled ahead of compute (spec/performance.md 3.1).
 
-A slab holds the weights of one layer in one piece of memory, laid out as that kind of layer needs. A feeding thread walks
-the plan of a run: it has each layer read into pinned host memory, sends it over on a stream of its own, and hands the slab
-to the executing thread. Events order copies against compute; neither waits for the other on the host, and nothing is
-allocated while the loop runs.
+A slab holds the weights of one layer in one stretch of memory, laid out as that kind of layer needs. A feeding thread walks
+the plan of a run: it has each layer read into pinned host memory, a piece at a time, sends the pieces over on a stream of
+its own, each while the next is read, and hands the slab to the executing thread. Events order copies against compute;
+neither waits for the other on the host, and nothing is allocated on the device while the loop runs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,7 +24,9 @@ from .reading import Reader
 log = logging.getLogger("mova")
 
 ALIGNMENT = 256  # bytes; what copy engines and tensor cores like
-HOST_BUFFERS = 3
+HOST_BUFFERS = 4  # pieces in flight: read into, waiting, on their way
+PIECE_BYTES = 2**28  # of a layer at a time
+LEAST_BYTES = 2**20  # per piece, where little memory can be pinned; more than any row of a weight
 AHEAD = 64  # resident layers announced ahead of compute at most
 
 Key = tuple[str, int]  # of a layer: expert, number
@@ -41,6 +43,15 @@ class Slot(NamedTuple):
     start: int
     end: int
     shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Rows(NamedTuple):
+    """Rows of one stored tensor, and the bytes they have in a slab."""
+
+    entry: TensorEntry
+    start: int
+    end: int
     dtype: torch.dtype
 
 
@@ -63,15 +74,33 @@ class Layout:
             views[name] = buffer[slot.start : slot.start + used].view(slot.dtype).view(slot.shape)
         return views
 
-    def ranges(self, names: Iterable[str]) -> list[tuple[int, int]]:
-        """The fewest byte ranges that cover these tensors."""
-        joined: list[tuple[int, int]] = []
-        for start, end, *_ in sorted(self.slots[name] for name in names):
-            if joined and joined[-1][1] == start:
-                joined[-1] = joined[-1][0], end
-            else:
-                joined.append((start, end))
-        return joined
+    def pieces(self, wanted: Iterable[tuple[str, TensorEntry]], most: int) -> Iterator[list[Rows]]:
+        """Cuts tensors, given in the order of their slots, into groups of neighbouring rows that span at most `most` bytes."""
+        piece: list[Rows] = []
+        for name, entry in wanted:
+            slot, count, done = self.slots[name], entry.shape[0] if entry.shape else 1, 0
+            row = torch.Size(slot.shape).numel() * slot.dtype.itemsize // count
+            while done < count:
+                start = slot.start + done * row
+                begin = align_down(piece[0].start if piece else start)
+                neighbour = not piece or start - piece[-1].end < ALIGNMENT
+                fitting = min(count - done, (begin + most - start) // row) if neighbour else 0
+                if fitting <= 0:
+                    yield piece
+                    piece = []
+                    continue
+                piece.append(Rows(entry.rows(done, done + fitting), start, start + fitting * row, slot.dtype))
+                done += fitting
+        yield piece
+
+
+def ring_bytes(largest: int) -> int:
+    """Host memory through which layers of at most so many bytes pass; a power of two, to which PyTorch rounds pinned memory up anyway."""
+    return HOST_BUFFERS * min(PIECE_BYTES, 2 ** max(largest, LEAST_BYTES).bit_length())
+
+
+def align_down(position: int) -> int:
+    return position // ALIGNMENT * ALIGNMENT
 
 
 class Slab:
@@ -108,10 +137,9 @@ class Traffic:
 
 @dataclass
 class HostBuffer:
-    """Host memory of one layer on its way to the device; pinned for CUDA, where `sent` tells when it may be written again."""
+    """Host memory of one piece on its way to the device; pinned for CUDA, where `sent` tells when it may be written again."""
 
     memory: Tensor
-    kinds: dict[Layout, dict[str, Tensor]]
     sent: torch.cuda.Event | None
 
 
@@ -125,49 +153,50 @@ class Link:
         self.ring = [] if device.type == "cpu" else self.make_ring()
 
     def make_ring(self) -> list[HostBuffer]:
-        """As many buffers as the system lets us pin; one that is not pinned where it lets none, which is slower."""
-        ring: list[HostBuffer] = []
-        try:
-            while len(ring) < HOST_BUFFERS:
-                ring.append(self.make_buffer(pinned=self.stream is not None))
-        except RuntimeError as error:  # WSL and some drivers allow little
-            log.warning("Only %d of %d host buffers could be pinned (%s): weights may arrive later than they are needed.", len(ring), HOST_BUFFERS, error)
-        return ring or [self.make_buffer(pinned=False)]
+        """One block of host memory in as many buffers; smaller where the system lets us pin less, not pinned where it lets us pin nothing."""
+        size = ring_bytes(max(layout.nbytes for layout in self.layouts.values()))
+        while self.stream is not None and size >= HOST_BUFFERS * LEAST_BYTES:
+            try:
+                return self.cut_ring(torch.empty(size, dtype=torch.uint8, pin_memory=True))
+            except RuntimeError as error:  # WSL and some drivers allow little
+                log.warning("%.0f MB of host memory could not be pinned (%s): trying half of it.", size / 1e6, error)
+                size //= 2
+        return self.cut_ring(torch.empty(ring_bytes(PIECE_BYTES), dtype=torch.uint8))
 
-    def make_buffer(self, pinned: bool) -> HostBuffer:
-        kinds = set(self.layouts.values())
-        memory = torch.empty(max(layout.nbytes for layout in kinds), dtype=torch.uint8, pin_memory=pinned)
-        self.traffic.pinned_bytes += memory.nbytes if pinned else 0
-        return HostBuffer(memory, {layout: layout.carve(memory) for layout in kinds}, torch.cuda.Event() if self.stream is not None else None)
+    def cut_ring(self, block: Tensor) -> list[HostBuffer]:
+        self.traffic.pinned_bytes = block.nbytes if self.stream is not None and block.is_pinned() else 0
+        return [HostBuffer(memory, torch.cuda.Event() if self.stream is not None else None) for memory in block.chunk(HOST_BUFFERS)]
 
     def fill(self, slab: Slab, turn: Turn) -> None:
-        """Brings a layer into a slab; on CUDA the copy is only launched when this returns."""
+        """Brings a layer into a slab; on CUDA the last copies are only launched when this returns."""
         layout, sources = self.layouts[turn.key], self.sources[turn.key]
         slab.weights = slab.kinds[layout]
-        names = [name for name in layout.slots if name in turn.names]
-        if not self.ring:
-            self.reader.read([(sources[name], slab.weights[name].data) for name in names])
-            self.traffic.copies += len(names)
+        wanted = [(name, sources[name]) for name in layout.slots if name in turn.names]
+        if self.ring:
+            self.send(slab, layout, wanted)
         else:
-            self.send(slab, layout, [(name, sources[name]) for name in names])
-        self.traffic.bytes_moved += sum(slab.weights[name].nbytes for name in names)
+            self.reader.read([(entry, slab.weights[name].data) for name, entry in wanted])
+            self.traffic.copies += len(wanted)
+        self.traffic.bytes_moved += sum(slab.weights[name].nbytes for name, _ in wanted)
         slab.holds, slab.names = turn.key, turn.names
 
     def send(self, slab: Slab, layout: Layout, wanted: list[tuple[str, TensorEntry]]) -> None:
-        host = self.ring.pop(0)
-        self.ring.append(host)
-        if host.sent is not None:
-            host.sent.synchronize()  # the reading side may wait; the executing thread never does
-        self.reader.read([(entry, host.kinds[layout][name]) for name, entry in wanted])
-        with torch.cuda.stream(self.stream):  # None: no CUDA, copies run where they stand
-            if self.stream is not None:
-                self.stream.wait_event(slab.used)
-            for start, end in layout.ranges(name for name, _ in wanted):
-                slab.buffer[start:end].copy_(host.memory[start:end], non_blocking=True)
-                self.traffic.copies += 1
-            if self.stream is not None:
-                slab.filled.record(self.stream)
+        if self.stream is not None:
+            self.stream.wait_event(slab.used)
+        for piece in layout.pieces(wanted, self.ring[0].memory.nbytes):
+            host = self.ring.pop(0)
+            self.ring.append(host)
+            if host.sent is not None:
+                host.sent.synchronize()  # the reading side may wait; the executing thread never does
+            begin, start, end = align_down(piece[0].start), piece[0].start, piece[-1].end
+            self.reader.read([(rows.entry, host.memory[rows.start - begin : rows.end - begin].view(rows.dtype).view(rows.entry.shape)) for rows in piece])
+            with torch.cuda.stream(self.stream):  # None: no CUDA, copies run where they stand
+                slab.buffer[start:end].copy_(host.memory[start - begin : end - begin], non_blocking=True)
+            self.traffic.copies += 1
+            if host.sent is not None:
                 host.sent.record(self.stream)
+        if self.stream is not None:
+            slab.filled.record(self.stream)
 
     def close(self) -> None:
         self.reader.close()

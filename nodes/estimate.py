@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
+from ..mova.cards import GPUS, find_device
 from ..mova.denoiser import Denoiser
-from ..mova.estimate import GPUS, estimate, find_device
+from ..mova.estimate import estimate
 from ..mova.image import MAX_FRAMES, MAX_SIDE, SIDE
 from ..mova.residency import MODES
 from ..mova.sampler import Guidance

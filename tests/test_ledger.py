@@ -5,7 +5,9 @@ import torch
 
 from bench import ledger
 from bench.counting import GPUKernels, Ledger
-from mova.estimate import forward_work
+from mova.denoiser import activation_bytes
+from mova.residency import SLABS
+from mova.work import forward_work
 
 # Device bytes of a streamed guided step.
 DEVICE = {"360p": 6.0e9, "720p": 10.7e9}
@@ -56,10 +58,10 @@ def test_a_layer_holds_little_beside_the_tokens(observed, size):
     assert found["video_block_traffic_u"] <= 73  # the reference moves 71 to 125
 
 
-def test_each_weight_travels_once_per_step_in_one_copy_per_layer(streaming):
+def test_each_weight_travels_once_per_step_in_a_few_copies_per_layer(streaming):
     assert streaming["first_step_bytes"] <= 36.3e9 and streaming["later_step_bytes"] <= 32e9
     assert streaming["steps_equal"], "both experts, and every later step, move the same"
-    assert streaming["later_step_copies"] == 40 and streaming["first_step_copies"] <= 50
+    assert streaming["later_step_copies"] <= 4 * 40 and streaming["first_step_copies"] <= 5 * 40
     assert streaming["tensors_made_in_the_loop"] == 0
 
 
@@ -70,8 +72,16 @@ def test_a_streamed_step_fits_small_devices(full, streaming, observed, size):
     assert device["sum_with_unpadded_prompts"] <= DEVICE_WITH_UNPADDED_PROMPTS[size]
 
 
+@pytest.mark.parametrize("size", ledger.LATENTS)
+def test_the_estimate_is_just_above_the_ledger(full, streaming, observed, size):
+    """What mova.estimate adds up for a streamed step on a GPU with two slabs."""
+    counted = ledger.count_device(full.parts, streaming, observed[size][0].peak_bytes, size)["sum_with_unpadded_prompts"]
+    predicted = SLABS * max(full.residency.sizes) + activation_bytes(full, ledger.video_tokens(size), ledger.BRANCHES, 1, ledger.TEXT)
+    assert 1 < predicted / counted < 1.07
+
+
 def test_little_memory_of_the_host_is_taken_for_good(streaming):
-    assert streaming["pinned_bytes_as_allocated"] + ledger.PROCESS_BYTES <= 5e9
+    assert streaming["pinned_bytes"] + ledger.PROCESS_BYTES <= 3e9
 
 
 def test_the_ledger_sees_what_is_live_and_what_moves():

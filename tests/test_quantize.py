@@ -24,7 +24,7 @@ from mova.denoiser import FOLDERS
 from mova.fp8 import FP8, LARGEST, QUANTIZATION, QuantizedLinear, fixed_dtypes, follow_config, linears_to_quantize, quantize_rows
 from mova.inspection import expected_shapes, inspect_path
 from mova.quantize import measure_error, quantize
-from mova.residency import SLABS, Placement, choose_placement, spread
+from mova.residency import SLABS, Job, Placement, Room, choose_placement, spread
 from mova.slabs import Link
 from mova.towers import AudioTower, AudioTowerConfig, TowerConfig, VideoTower
 
@@ -220,7 +220,7 @@ def test_the_same_clip_in_every_residency(small, loop, monkeypatch):
     for mode, own, ring in [("stream", 0, False), ("stream", 2, False), ("stream", 3, True), ("resident", 4, False)]:
         denoiser = mova.load_denoiser(small, residency=mode)
         placement = Placement(mode, "for the test", spread(own, 4), SLABS if own < 4 else 0)
-        monkeypatch.setattr(denoiser.residency, "settle", lambda activations, denoiser=denoiser, it=placement: setattr(denoiser.residency, "placement", it))
+        monkeypatch.setattr(denoiser.residency, "settle", lambda *job, denoiser=denoiser, it=placement: setattr(denoiser.residency, "placement", it))
         with monkeypatch.context() as patch:
             if ring:
                 patch.setattr(Link, "__init__", with_ring)
@@ -257,9 +257,9 @@ def test_placement_goes_by_the_size_of_each_layer():
     """At the released sizes: 8-bit weights are resident in 24 GB, and layers of two sizes never fill more than there is."""
     sizes = [int(0.95e9)] + 28 * [int(0.51e9)] + [int(0.56e9)] + 9 * [int(0.36e9)] + [int(0.71e9)]
     residency = SimpleNamespace(device=torch.device("cuda"), mode="auto", stored=True, dtype=torch.bfloat16, parts=SimpleNamespace(count=40), sizes=sizes)
-    assert choose_placement(residency, 2**30, 24 * 2**30).mode == "resident"
+    assert choose_placement(residency, Job(2**30), Room(24 * 2**30)).mode == "resident"
     for free in range(2, 24):
-        placement = choose_placement(residency, 2**30, free * 2**30)
+        placement = choose_placement(residency, Job(2**30), Room(free * 2**30))
         held = sum(sizes[i] for i in placement.own) + placement.shared * max(sizes)
         assert not placement.own or held + 2**31 <= free * 2**30
 

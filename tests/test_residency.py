@@ -2,23 +2,26 @@
 
 import dataclasses
 import gc
+import math
 import shutil
 import threading
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import mova
-from mova import CheckpointError, SamplingError
+from mova import CheckpointError, SamplingError, slabs
 from mova import layers as layers_module
 from mova.bridge import Bridge, BridgeConfig
 from mova.checkpoint import TensorEntry
+from mova.denoiser import Branch
 from mova.layers import Block, row_slices
 from mova.reading import Reader
-from mova.residency import MARGIN, SLABS, Placement, Residency, choose_placement, is_text_key, spread
-from mova.slabs import Link, Slab
+from mova.residency import MARGIN, SLABS, Job, Placement, Residency, Room, choose_placement, is_text_key, spread
+from mova.slabs import Layout, Link, Slab
 from mova.towers import AudioTower, AudioTowerConfig, TowerConfig, VideoTower
 
 GIB = 2**30
@@ -41,7 +44,7 @@ def streaming():
     def build(folder, own=0):
         denoiser = mova.load_denoiser(folder, residency="stream")
         placement = Placement("stream", "for the test", spread(own, 4), SLABS if own < 4 else 0)
-        denoiser.residency.settle = lambda activations: setattr(denoiser.residency, "placement", denoiser.residency.placement or placement)
+        denoiser.residency.settle = lambda *job: setattr(denoiser.residency, "placement", denoiser.residency.placement or placement)
         made.append(denoiser)
         return denoiser
 
@@ -68,39 +71,77 @@ def test_any_number_of_resident_layers_gives_the_same_clip(streaming, tiny_mova,
     assert_equal(mova.sample(denoiser, **loop), expected)
 
 
-def test_through_a_ring_of_host_buffers(streaming, tiny_mova, loop, expected, monkeypatch):
-    """What a GPU does, with the copies made on the CPU."""
-    build = Link.__init__
+@pytest.fixture
+def ring(monkeypatch):
+    """ring(piece=bytes) -> what a GPU does, with the copies made on the CPU."""
 
-    def with_ring(link, *args):
-        build(link, *args)
-        link.ring = link.make_ring()
+    def through_a_ring(piece):
+        build = Link.__init__
 
-    monkeypatch.setattr(Link, "__init__", with_ring)
-    assert_equal(mova.sample(streaming(tiny_mova), **loop), expected)
+        def with_ring(link, *args):
+            build(link, *args)
+            link.ring = link.make_ring()
+
+        monkeypatch.setattr(slabs, "PIECE_BYTES", piece)
+        monkeypatch.setattr(Link, "__init__", with_ring)
+
+    return through_a_ring
 
 
-@pytest.mark.parametrize("allowed", [0, 1, 2])
-def test_little_pinned_memory_is_enough(streaming, tiny_mova, loop, expected, monkeypatch, caplog, allowed):
-    build, make = Link.__init__, Link.make_buffer
+@pytest.mark.parametrize("piece", [slabs.PIECE_BYTES, 50_000, 4096])
+def test_through_a_ring_of_host_buffers(streaming, tiny_mova, loop, expected, ring, piece):
+    """Layers in one piece, in a few, and in pieces smaller than a tensor."""
+    ring(piece)
+    denoiser = streaming(tiny_mova, own=1)
+    assert_equal(mova.sample(denoiser, **loop), expected)
+    largest = max(denoiser.residency.sizes)
+    visits = denoiser.report().copies / (4 * 4)
+    assert visits <= 1 if piece > largest else largest / piece / 2 < visits < 3 * largest / piece + 1
 
-    def limited(link, pinned, made=[]):  # noqa: B006  the list counts over all calls
-        made.append(pinned)
-        if len(made) == allowed + 1:
+
+def test_layers_converted_on_their_way_pass_in_pieces(tiny_mova, loop, ring, streaming):
+    expected = mova.sample(mova.load_denoiser(tiny_mova, dtype=torch.bfloat16, residency="stream"), **loop)
+    ring(4096)
+    denoiser = mova.load_denoiser(tiny_mova, dtype=torch.bfloat16, residency="stream")
+    assert_equal(mova.sample(denoiser, **loop), expected)
+    denoiser.release()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_pieces_cover_what_is_wanted_once(seed):
+    generator = torch.Generator().manual_seed(seed)
+    kinds = (torch.bfloat16, torch.float32, torch.float8_e4m3fn)
+    shapes = [tuple(torch.randint(1, 40, (int(torch.randint(0, 4, (1,), generator=generator)),), generator=generator).tolist()) for _ in range(12)]
+    layout = Layout((str(i), shape, kinds[i % 3]) for i, shape in enumerate(shapes))
+    stored = {str(i): TensorEntry(Path("file"), shape, "F32", 1000 * i, 4 * torch.Size(shape).numel()) for i, shape in enumerate(shapes)}
+    wanted = [(name, stored[name]) for name in layout.slots if torch.rand(1, generator=generator) < 0.7]
+    most, found = 40 * 40 * 4 + 256, {name: [] for name, _ in wanted}
+    for piece in layout.pieces(wanted, most):
+        assert piece[-1].end - piece[0].start <= most
+        for rows in piece:
+            name = next(name for name, slot in layout.slots.items() if slot.start <= rows.start < slot.end)
+            assert rows.end - rows.start == rows.entry.nbytes // 4 * layout.slots[name].dtype.itemsize
+            found[name].append((rows.entry.offset, rows.entry.nbytes))
+    for name, entry in wanted:
+        ends = [entry.offset, *(offset + size for offset, size in found[name])]
+        assert [offset for offset, _ in found[name]] == ends[:-1] and ends[-1] == entry.offset + entry.nbytes
+
+
+@pytest.mark.parametrize(("allowed", "buffer"), [(2**31, 2**28), (2**29, 2**27), (2**22, 2**20), (0, 2**28)])
+def test_what_can_be_pinned_decides_how_large_the_pieces_are(monkeypatch, caplog, allowed, buffer):
+    empty = torch.empty
+
+    def pinning(*size, pin_memory=False, **given):
+        if pin_memory and size[0] > allowed:
             raise RuntimeError("cudaHostAlloc failed (as it were)")
-        return make(link, pinned)
+        return empty(*size, **given)
 
-    def with_ring(link, *args):
-        build(link, *args)
-        link.ring = link.make_ring()
-
-    monkeypatch.setattr(Link, "make_buffer", limited)
-    monkeypatch.setattr(Link, "__init__", with_ring)
-    denoiser = streaming(tiny_mova)
-    with caplog.at_level("WARNING", logger="mova"):
-        assert_equal(mova.sample(denoiser, **loop), expected)
-    assert len(denoiser.residency.link.ring) == max(allowed, 1)
-    assert f"Only {allowed} of 3" in caplog.text
+    monkeypatch.setattr(slabs.torch, "empty", pinning)
+    monkeypatch.setattr(torch.cuda, "Event", object)
+    link = SimpleNamespace(stream="of a GPU", traffic=slabs.Traffic())
+    link.layouts, link.cut_ring = {("high", 0): SimpleNamespace(nbytes=10**9)}, lambda block: Link.cut_ring(link, block)
+    assert [host.memory.nbytes for host in Link.make_ring(link)] == [buffer] * slabs.HOST_BUFFERS
+    assert ("could not be pinned" in caplog.text) == (allowed < 2**30)
 
 
 def test_a_slab_is_not_touched_before_its_layer_has_run(streaming, tiny_mova, loop, expected, monkeypatch):
@@ -267,7 +308,7 @@ def stand_in(device, mode="auto", stored=True):
     ("free", "mode", "own"), [(140, "resident", 40), (48, "resident", 40), (24, "stream", 17), (12, "stream", 4), (8, "stream", 0), (4, "stream", 0)]
 )
 def test_auto_goes_by_what_is_free(free, mode, own):
-    placement = choose_placement(stand_in("cuda"), int(3.6 * GIB), free * GIB)
+    placement = choose_placement(stand_in("cuda"), Job(int(3.6 * GIB)), Room(free * GIB))
     assert placement.mode == mode and len(placement.own) == pytest.approx(own, abs=2)
     needed = (len(placement.own) + placement.shared) * 0.973e9 + 3.6 * GIB + MARGIN
     assert needed <= free * GIB or not placement.own
@@ -275,10 +316,40 @@ def test_auto_goes_by_what_is_free(free, mode, own):
 
 
 def test_decisions_elsewhere():
-    assert choose_placement(stand_in("cpu"), 0, 0).mode == "views"
-    assert choose_placement(stand_in("cpu", stored=False), 0, 0) == Placement("stream", "converted to torch.bfloat16 layer by layer", shared=SLABS)
-    assert len(choose_placement(stand_in("cuda", "resident"), 0, 0).own) == 40
-    assert choose_placement(stand_in("cuda", "stream"), 0, 200 * GIB).own == frozenset()
+    idle = Job(0), Room(200 * GIB)
+    assert choose_placement(stand_in("cpu"), *idle).mode == "views"
+    assert choose_placement(stand_in("cpu", stored=False), *idle) == Placement("stream", "converted to torch.bfloat16 layer by layer", shared=SLABS)
+    assert len(choose_placement(stand_in("cuda", "resident"), *idle).own) == 40
+    assert choose_placement(stand_in("cuda", "stream"), *idle).own == frozenset()
+
+
+# Seconds of compute per layer of the released size at 360p: spec/performance.md 1.6
+@pytest.mark.parametrize(
+    ("seconds", "ram", "shared"),
+    [(5.5, 16, 2), (0.96, None, 2), (0.96, 64, 2), (0.96, 16, 2), (0.40, 64, 2), (0.40, 16, 3), (0.23, 64, 3), (0.06, 64, 3)],
+    ids=["4060", "4090", "4090, all in RAM", "4090 from disk", "4090 in 8 bit", "the same from disk", "H200", "H200, short clip"],
+)
+@pytest.mark.parametrize("mode", ["stream", "auto"])
+def test_depth_goes_by_how_long_a_layer_computes_and_travels(seconds, ram, shared, mode):
+    room = Room(16 * GIB, None if ram is None else ram * GIB)
+    placement = choose_placement(stand_in("cuda", mode), Job(4 * GIB, seconds), room)
+    assert placement.shared == shared
+    assert ("from disk" in placement.why) == (ram == 16)
+    assert choose_placement(stand_in("cuda", mode), Job(4 * GIB, seconds), dataclasses.replace(room, free=6 * GIB)).shared == SLABS  # no room for more
+
+
+def test_an_unknown_gpu_counts_as_the_fastest(tiny_mova, loop, monkeypatch):
+    denoiser = mova.load_denoiser(tiny_mova)
+    branches = [Branch(loop["context"]), Branch(loop["negative_context"])]
+    run = denoiser.prepare(loop["video_noise"], loop["audio_noise"], loop["condition"], branches, [], 24.0)
+    assert run.layer_seconds() == math.inf
+    run.denoiser = SimpleNamespace(device=torch.device("cuda"), parts=denoiser.parts)
+    found = {}
+    for name in ("NVIDIA GeForce RTX 4090", "NVIDIA H200", "NVIDIA B300"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        run.device = torch.device("cuda")
+        found[name[-5:]] = run.layer_seconds()
+    assert found[" B300"] == found[" H200"] < found[" 4090"]
 
 
 @pytest.mark.parametrize(("count", "total"), [(0, 40), (1, 40), (13, 40), (39, 40), (40, 40)])
