@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import Component, check_tensors, open_component, read_config
-from .errors import CheckpointError, InputError, MediaError
+from .errors import CheckpointError, InputError
+from .resampling import resample
 
 DILATIONS = (1, 3, 9)  # of the three residual units of a stage
 SOUND_BYTES = 2048  # peak per sample: eight float32 tensors of the last stage's 64 channels
-RESAMPLER_LIMIT = 64_000_000  # filter taps: 256 MB; two rates without a common divisor would need gigabytes
 
 
 @dataclass(frozen=True)
@@ -259,23 +258,3 @@ def check_sound(tensor: Tensor, name: str, layout: str) -> None:
         raise InputError(f"The {name} is empty ({list(tensor.shape)}): give at least one sample of one channel.")
     if not torch.isfinite(tensor).all():
         raise InputError(f"The {name} contains NaN or infinite values: the sound is damaged before it reaches the audio VAE.")
-
-
-def resample(waveform: Tensor, from_rate: int, to_rate: int) -> Tensor:
-    """[B, 1, S] at `from_rate` -> [B, 1, ceil(S * to_rate / from_rate)]."""
-    if isinstance(from_rate, bool) or not isinstance(from_rate, numbers.Real) or from_rate < 1 or from_rate % 1:
-        raise InputError(f"The sample rate is {from_rate!r}: a positive whole number of samples per second is needed, such as 44100.")
-    if from_rate == to_rate:
-        return waveform
-    common = math.gcd(int(from_rate), to_rate)
-    if int(from_rate) // common * (to_rate // common) > RESAMPLER_LIMIT:
-        raise InputError(
-            f"{from_rate} Hz and {to_rate} Hz have no useful common divisor, so resampling would need gigabytes: convert the sound to 44100 or 48000 Hz first."
-        )
-    try:
-        import torchaudio.functional as audio_functional
-    except (ImportError, OSError) as error:  # OSError: built for another torch
-        raise MediaError(
-            f"Sound at {from_rate} Hz must be resampled to {to_rate} Hz, which needs torchaudio ({error}): pip install the torchaudio of your torch version."
-        ) from None
-    return audio_functional.resample(waveform, int(from_rate), to_rate)

@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 
-from .audio_vae import resample
 from .errors import InputError, MediaError
+from .ffmpeg import load_av
+from .resampling import resample
 
 T = TypeVar("T")
 BT709, LIMITED_RANGE = 1, 1  # the numbers that H.264, VP9 and FFmpeg give them
@@ -259,11 +259,3 @@ def open_new(path: Path, metadata: dict[str, Any] | None, timescale: int = FALLB
     if comment:
         container.metadata["comment"] = comment
     return container
-
-
-def load_av() -> ModuleType:
-    try:
-        import av
-    except ImportError:
-        raise MediaError("Films and sound files need PyAV, which is not installed: pip install av") from None
-    return av

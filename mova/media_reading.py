@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from .errors import MediaError
-from .media import Clip, load_av
+from .ffmpeg import load_av
+from .media import Clip
 
 LOST = 0.5  # seconds that may be missing from what the header claims before a file counts as truncated
 CODEC_FRAME = 2048  # samples: a decoder's last frame may reach past the end by less than this
