@@ -147,7 +147,7 @@ def load_pipeline(
     the text encoder is not opened again for a known one. CheckpointError tells what is missing or does not fit.
     """
     denoiser = load_denoiser(folder, device=device, dtype=dtype, residency=residency)
-    text = load_text_encoder(folder, dtype=dtype, cache_dir=text_cache)
+    text = load_text_encoder(folder, dtype=dtype, cache_dir=text_cache, residency=residency)
     return Pipeline(Path(folder), denoiser, text, load_video_vae(folder, dtype=dtype), load_audio_vae(folder, dtype=dtype))
 
 

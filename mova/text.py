@@ -72,9 +72,7 @@ class TextEncoder:
         The empty prompt is one end token; a prompt longer than max_length tokens is cut, which one log line says. on_layer(done, total)
         is called behind each layer of every prompt that is not in the cache, and may raise to cancel. InputError for what is no text.
         """
-        texts = [prompts] if isinstance(prompts, str) else prompts
-        if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
-            raise InputError(f"A prompt must be text, or a list of texts with at least one in it; given was {texts!r:.80}.")
+        texts = check_prompts(prompts)
         if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
             raise InputError(f"max_length is {max_length!r}: give the number of tokens to encode, 512 for MOVA.")
         embeddings = [self.encode_prompt(clean_prompt(text), max_length, on_layer) for text in texts]  # each alone: [tokens, text_dim]
@@ -116,8 +114,12 @@ class TextEncoder:
         """Tokens of a prompt, its end token included, before any cut."""
         return len(self.tokenizer.encode(clean_prompt(text)).ids)
 
-    def bytes_needed(self) -> int:
-        """Device memory to be free before a prompt is encoded: for the whole model where the device is that large, else for streaming it."""
+    def bytes_needed(self, prompts: list[str], max_length: int = 512) -> int:
+        """Device memory to be free before prompts are encoded: for the whole model where the device is that large, else for streaming it; 0 when all are
+        in the cache."""
+        keys = [self.cache_key(clean_prompt(text), max_length) for text in check_prompts(prompts)]
+        if self.cache is not None and all(map(self.cache.holds, keys)):
+            return 0
         whole, layers = layer_bytes(self.component, self.dtype), self.config.num_layers
         resident, streamed = (needed_bytes(whole, slabs, layers) for slabs in (layers, SLABS))
         too_large = self.device.type == "cuda" and resident > torch.cuda.mem_get_info(self.device)[1]
@@ -161,11 +163,22 @@ class TextEncoder:
         return hashlib.sha256(json.dumps([prompt, max_length, str(self.requested_dtype), self.identity]).encode()).hexdigest()
 
 
+def check_prompts(prompts: str | list[str]) -> list[str]:
+    """As a list; InputError for what is no text."""
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
+        raise InputError(f"A prompt must be text, or a list of texts with at least one in it; given was {texts!r:.80}.")
+    return texts
+
+
 @dataclass(frozen=True)
 class PromptCache:
     """A folder with one safetensors file per encoded prompt. A cache that fails costs a log line, never the encoding."""
 
     folder: Path
+
+    def holds(self, key: str) -> bool:
+        return (self.folder / f"{key}.safetensors").is_file()
 
     def read(self, key: str, text_dim: int) -> Tensor | None:
         """Rows [tokens, text_dim] on the CPU; None when they are not there or damaged."""

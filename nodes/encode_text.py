@@ -39,10 +39,11 @@ class MOVAEncodeText(io.ComfyNode):
 
     @classmethod
     def execute(cls, text_encoder: TextEncoder, prompt: str, negative_prompt: str) -> io.NodeOutput:
-        host.free_memory(text_encoder.bytes_needed(), text_encoder.device)
+        prompts = [prompt, negative_prompt]
+        host.free_memory(text_encoder.bytes_needed(prompts), text_encoder.device)
         encoded, progress = [], host.ChunkProgress()
         try:
-            for text in (prompt, negative_prompt):
+            for text in prompts:
                 host.check_cancel()
                 encoded.append([[text_encoder.encode([text], on_layer=progress).to(host.intermediate_device()), {}]])
         finally:

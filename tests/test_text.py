@@ -495,7 +495,14 @@ def test_room_asked_for(memory, residency, slabs, tiny_mova, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, memory * GIB))
     encoder = load_text_encoder(tiny_mova, device="cuda", residency=residency)
     layers = encoder.config.num_layers
-    assert encoder.bytes_needed() == needed_bytes(WHOLE, {2: 2, 24: layers}[slabs], layers)
+    assert encoder.bytes_needed(["rain"]) == needed_bytes(WHOLE, {2: 2, 24: layers}[slabs], layers)
+
+
+def test_cached_prompts_need_no_room(tiny_mova, tmp_path):
+    encoder = load_text_encoder(tiny_mova, cache_dir=tmp_path)
+    encoder.encode(["rain", "snow"])
+    assert encoder.bytes_needed(["snow", "rain"]) == 0 < encoder.bytes_needed(["rain", "hail"])
+    assert encoder.bytes_needed(["rain"], max_length=9) > 0
 
 
 def test_residency_names_its_modes(tiny_mova):
