@@ -26,8 +26,9 @@ from mova.bridge import Bridge, BridgeConfig, Conditioner
 from mova.checkpoint import TensorEntry
 from mova.denoiser import Branch, Denoiser, JointRun, StepTimes
 from mova.layers import Block, CrossAttention
+from mova.parts import LAYERS, Parts
 from mova.reading import Reader
-from mova.residency import LAYERS, PREPARATION, SLABS, Parts, Residency
+from mova.residency import PREPARATION, SLABS, Residency
 from mova.schedule import ScheduleConfig
 from mova.slabs import Link, ring_bytes
 from mova.towers import AudioTower, AudioTowerConfig, TowerConfig, VideoTower

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,12 +23,16 @@ from .compiling import compile_blocks
 from .errors import CheckpointError, InputError, SamplingError
 from .fp8 import check_stored, fixed_dtypes, follow_config
 from .layers import Block, TextKeys
-from .residency import EXPERTS, Layer, Parts, Report, Residency
+from .lora import LoadedLora, Lora, load_lora
+from .lora_stack import stack_changes
+from .parts import EXPERTS, FOLDERS, Layer, Parts
+from .residency import Report, Residency
 from .schedule import ScheduleConfig
 from .towers import AudioTower, AudioTowerConfig, Grid, Tower, TowerConfig, VideoTower
 from .work import add, forward_work
 
-FOLDERS = {"high": "video_dit", "low": "video_dit_2", "audio": "audio_dit", "bridge": "dual_tower_bridge"}
+log = logging.getLogger("mova")
+
 BOUNDARY_RATIO = 0.9  # where model_index.json does not tell
 BLOCK_PEAK = 2.5  # live activations of a block beside its tokens, in units of them (bench.ledger counts it)
 SMALL_TENSORS = 2**30  # bytes for all that does not grow with the clip, while the prompts are read
@@ -55,6 +60,8 @@ class StepTimes:
 class Denoiser:
     """Predicts velocities (noise - clean) of both streams. Made by `load_denoiser`."""
 
+    loras: tuple[LoadedLora, ...] = ()
+
     def __init__(self, parts: Parts, residency: Residency, schedule: ScheduleConfig, boundary_ratio: float, folder: Path) -> None:
         self.parts, self.residency, self.schedule = parts, residency, schedule
         self.boundary_ratio, self.folder, self.attention = boundary_ratio, folder, "auto"
@@ -72,6 +79,23 @@ class Denoiser:
     def release(self) -> None:
         """Leaves nothing on the device; the next call brings the weights back."""
         self.residency.release()
+
+    def with_loras(self, loras: Iterable[Lora]) -> Denoiser:
+        """Another denoiser over the same files, with these LoRAs on top of those this one has; this one stays as it is.
+
+        A log line tells what each LoRA did; so does `loras[-1].report`. LoraError for files that are damaged, would run code,
+        or were made for another model.
+        """
+        added = [load_lora(lora, self.parts.shapes()) for lora in loras]
+        for lora in added:
+            log.info("MOVA LoRA: %s", lora.report)
+            if lora.report.partial:
+                log.warning("MOVA LoRA %s: %s", lora.report.label, lora.report.partial)
+        stack, parts = (*self.loras, *added), self.parts.bare()
+        residency = Residency(parts, self.device, self.dtype, self.residency.mode, stack_changes(stack))
+        other = Denoiser(parts, residency, self.schedule, self.boundary_ratio, self.folder)
+        other.loras, other.attention = stack, self.attention
+        return other
 
     @torch.no_grad()
     def velocity(

@@ -21,5 +21,9 @@ class MediaError(MovaError):
     """A picture, sound or film cannot be read or written."""
 
 
+class PromptError(MovaError):
+    """A prompt cannot be written: the language model cannot be used, failed or refused."""
+
+
 class SamplingError(MovaError):
     """The model left the range of numbers while sampling."""

@@ -14,7 +14,8 @@ from .checkpoint import open_component
 from .denoiser import Denoiser, activation_bytes
 from .errors import InputError
 from .image import check_size
-from .residency import MARGIN, MODES, Parts, slabs_needed
+from .parts import Parts
+from .residency import MARGIN, MODES, slabs_needed
 from .schedule import MAX_STEPS
 from .slabs import ring_bytes
 from .video_vae import read_vae_config
@@ -133,7 +134,7 @@ def estimate(
     layers = denoiser.residency.sizes
     mapped = cpu and residency != "stream" and denoiser.residency.stored
     if residency == "auto":
-        fits = mapped if cpu else sum(layers) + activations + MARGIN <= device.memory
+        fits = mapped or bool(denoiser.loras) if cpu else sum(layers) + activations + MARGIN <= device.memory
         residency = "resident" if fits else "stream"
     compute = step_seconds(parts, work, tokens * parts.experts["high"].config.dim * denoiser.dtype.itemsize, passes, device, denoiser.attention)
     slabs = slabs_needed(max(layers) / PAGE_CACHE, math.inf if cpu else passes * device.least_seconds(*work) / parts.count)
@@ -150,7 +151,7 @@ def estimate(
         weights_bytes=weights,
         activation_bytes=activations,
         decoding_bytes=decoding,
-        ram_bytes=PROCESS_BYTES + num_frames * height * width * 3 * 4 + own,  # the film is float32
+        ram_bytes=PROCESS_BYTES + num_frames * height * width * 3 * 4 + own + sum(lora.report.nbytes for lora in denoiser.loras),  # the film is float32
     )
 
 

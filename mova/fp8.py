@@ -38,10 +38,14 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scale[:, None]).clamp(-LARGEST, LARGEST).to(FP8), scale
 
 
+Side = tuple[Tensor, ...]  # matrices that an input passes one after the other, in its dtype
+
+
 class QuantizedLinear(nn.Module):
     """A linear layer with e4m3 weights: multiplied as they are where the device can, as numbers of x's dtype elsewhere."""
 
     DTYPES = {"weight": FP8, "weight_scale": torch.float32}  # whatever is computed in
+    sides: tuple[Side, ...] = ()  # what LoRAs add to the output: rounding their sum with the weight to 8 bits would lose it
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -51,6 +55,12 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
+        out = self.product(x)
+        for side in self.sides:
+            out = out.add_(functools.reduce(F.linear, side, x))
+        return out
+
+    def product(self, x: Tensor) -> Tensor:
         if x.dtype == torch.bfloat16 and not any(size % TILE for size in self.weight.shape) and multiplies_rows(x.device):
             return self.multiply(x)
         return F.linear(x, self.dequantized(x.dtype), self.bias)

@@ -1,4 +1,4 @@
-"""What a folder or file is, and whether it is complete: told from configs and file headers alone, no weight is read."""
+"""What a folder or file is, and whether it is complete: told from configs and file headers alone. Only LoRAs are read whole."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from .bridge import Bridge, BridgeConfig
 from .checkpoint import Component, TensorEntry, compare_tensors, open_component, open_safetensors, read_config, read_header, read_json
 from .errors import CheckpointError, InputError
 from .fp8 import follow_config
+from .lora_files import NAMES, find_file, holds_lora, is_archive
+from .lora_inspection import explain_lora
+from .parts import FOLDERS
 from .schedule import ScheduleConfig
 from .text import read_tokenizer
 from .towers import AudioTower, AudioTowerConfig, TowerConfig, VideoTower
@@ -148,6 +151,8 @@ def inspect_path(path: str | Path) -> Report:
         return inspect_checkpoint(path)
     if (path / "config.json").is_file():
         return inspect_component_folder(path)
+    if any((path / name).is_file() for name in NAMES):
+        return inspect_file(find_file(path))
     raise CheckpointError(
         f"{path} has neither model_index.json nor config.json: give the top folder of a MOVA checkpoint, one of its sub-folders, or a .safetensors file."
     )
@@ -231,8 +236,6 @@ def inspect_tokenizer(root: Path) -> PartReport:
 
 # ---------------------------------------------------------------- single files
 
-LORA_MARKS = ("lora_A", "lora_B", "lora_up", "lora_down", "lora_a.", "lora_b.", "lokr_", "hada_", ".dora_scale")
-
 # What a file is, by a fragment of one of its keys; the first that fits wins.
 SIGNATURES = {
     "audio_to_video_conditioners.": "MOVA dual_tower_bridge",
@@ -252,7 +255,11 @@ TOWERS = {
 
 
 def inspect_file(file: Path) -> Report:
-    """One weight file, told by its keys. A pickle is named, never opened."""
+    """One weight file, told by its keys. What torch.save wrote is opened so that it cannot run code, and only as a LoRA."""
+    if is_archive(file):
+        explained = explain_lora(file, released_shapes())
+        what = explained.what if explained.usable else f"a pickle archive, {explained.what}"
+        return Report(file, what, notes=explained.notes, complete=explained.usable)
     try:
         with open_safetensors(file) as handle:
             metadata = handle.metadata() or {}
@@ -263,18 +270,19 @@ def inspect_file(file: Path) -> Report:
     notes = [f"{weights.tensors:,} tensors, {weights}", *(f"metadata {key}: {value[:200]}" for key, value in sorted(metadata.items()))]
     if "-of-" in file.stem:
         notes.append("One shard of several; inspect the folder to see whether all are there.")
+    if holds_lora(index):
+        explained = explain_lora(file, released_shapes())
+        return Report(file, explained.what, weights=weights, notes=(*notes, *explained.notes), complete=explained.usable)
     return Report(file, recognise_weights(index), weights=weights, notes=tuple(notes))
 
 
+def released_shapes() -> dict[str, Shapes]:
+    """Of the denoiser's weights, by part."""
+    shapes = {part: expected_shapes(name, {}) for part, name in FOLDERS.items() if part != "low"}
+    return shapes | {"low": shapes["high"]}
+
+
 def recognise_weights(index: Mapping[str, TensorEntry]) -> str:
-    adapted = [key for key in index if any(mark in key for mark in LORA_MARKS)]
-    if adapted:
-        ranks = sorted({index[key].shape[0] for key in adapted if "lora_A" in key or "lora_down" in key})
-        parts = [name for name in PARTS if any(key.startswith((f"{name}.", f"lora_unet_{name}_")) for key in adapted)]
-        rank = f", rank {', '.join(map(str, ranks))}" if ranks else ""
-        return f"a LoRA with {len(adapted):,} adapter tensors{rank}" + (
-            f", for {', '.join(parts)}" if parts else ", which names no part of MOVA (made for one Wan model?)"
-        )
     patch = next((entry.shape for key, entry in index.items() if key.endswith("patch_embedding.weight")), ())
     for (dimensions, channels), what in TOWERS.items():
         if len(patch) == dimensions and channels in (None, patch[1]):

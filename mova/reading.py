@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,6 +29,23 @@ TORCH_DTYPES = {
 Stamp = tuple[int, int]
 
 
+@dataclass(frozen=True)
+class Held:
+    """A tensor in RAM that is read like one of a file."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    def rows(self, start: int, stop: int) -> Held:
+        return Held(self.tensor[start:stop])
+
+
+Source = TensorEntry | Held
+
+
 class Reader:
     """Reads stored tensors into tensors of the CPU. Files are held open; one that changes meanwhile is an error, never a mixture."""
 
@@ -37,11 +55,13 @@ class Reader:
         self.stamps: dict[Path, Stamp] = {}
         self.opened: list[BinaryIO] = []
 
-    def read(self, wanted: list[tuple[TensorEntry, Tensor]]) -> None:
+    def read(self, wanted: list[tuple[Source, Tensor]]) -> None:
         """Fills each tensor (contiguous, on the CPU) from its place in the files; returns when all are there. CheckpointError."""
         jobs: list[Future] = []
         for entry, target in wanted:
-            if target.dtype == TORCH_DTYPES.get(entry.dtype):
+            if isinstance(entry, Held):
+                jobs.append(self.pool.submit(self.copy, entry.tensor, target))
+            elif target.dtype == TORCH_DTYPES.get(entry.dtype):
                 view = memoryview(target.flatten().view(torch.uint8).numpy())
                 pieces = range(0, entry.nbytes, PIECE)
                 jobs += [self.pool.submit(self.read_bytes, entry.file, entry.offset + start, view[start : start + PIECE]) for start in pieces]
@@ -65,8 +85,11 @@ class Reader:
         """Reads in the stored dtype and rounds to the target's."""
         stored = torch.empty(entry.shape, dtype=stored_dtype(entry))
         self.read_bytes(entry.file, entry.offset, memoryview(stored.flatten().view(torch.uint8).numpy()))
-        with torch.no_grad():
-            target.copy_(stored)
+        self.copy(stored, target)
+
+    @torch.inference_mode()  # the target may have been made so
+    def copy(self, tensor: Tensor, target: Tensor) -> None:
+        target.copy_(tensor)
 
     def open(self, file: Path) -> BinaryIO:
         """This thread's handle of a file; CheckpointError when the file is not the one that was read before."""

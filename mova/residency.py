@@ -6,6 +6,7 @@ views     on the CPU, in the stored dtype: parameters are views of the mapped fi
 resident  every layer of the active expert has a slab of its own;
 stream    some layers (evenly spread, as many as fit) have a slab of their own, the others take turns in a few.
 Both experts use the same slabs, and the switch between them is only the next entry of the plan.
+LoRAs are added to a layer when a slab is filled with it (mova.lora_stack), so with them there are slabs on the CPU, too.
 """
 
 from __future__ import annotations
@@ -14,92 +15,27 @@ import itertools
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
 
-from .bridge import Bridge, Conditioner
 from .cards import DISK, PAGE_CACHE
-from .checkpoint import TensorEntry
 from .errors import InputError
-from .fp8 import fixed_dtypes
-from .layers import Block
+from .fp8 import QuantizedLinear
+from .lora import Changes
+from .lora_stack import LayerChanges, adapt_layer, adapt_tensors, list_factors
+from .parts import EXPERTS, LAYERS, Layer, Parts, is_text_key, pick_layer
+from .reading import Source
 from .slabs import Feeder, Key, Layout, Link, Slab, Traffic, Turn
-from .towers import AudioTower, VideoTower
+from .towers import VideoTower
 
 log = logging.getLogger("mova")
 
 MODES = ("auto", "resident", "stream")
-EXPERTS = ("high", "low")
 SLABS = 2  # that streamed layers take turns in at least: one computes, one is filled
 MARGIN = 2**30  # bytes of device memory left to the allocator and the host
-DIRECTIONS = {"to_video": "audio_to_video_conditioners", "to_audio": "video_to_audio_conditioners"}
-LAYERS = ("blocks.", *DIRECTIONS.values())  # how the names of tensors within layers begin
 PREPARATION = ("text_embedding", "time_embedding", "time_projection")  # used before the first layer of a run only
-TEXT_KEYS = ("cross_attn.k.", "cross_attn.v.", "cross_attn.norm_k.")  # used once per prompt and expert
-
-
-@dataclass
-class Layer:
-    """The modules of one layer, weights in place; None where the audio tower has ended or the bridge is silent."""
-
-    video: Block
-    audio: Block | None
-    to_video: Conditioner | None
-    to_audio: Conditioner | None
-
-
-@dataclass
-class Parts:
-    """Every module of the denoiser, on the meta device until placed, with the tensors of its files."""
-
-    experts: dict[str, VideoTower]
-    audio: AudioTower
-    bridge: Bridge
-    tensors: dict[str, dict[str, Tensor]] = field(repr=False)  # of "high", "low", "audio", "bridge": views of the mapped files by key
-    entries: dict[str, dict[str, TensorEntry]] = field(repr=False)  # the same: where the bytes lie
-
-    @property
-    def count(self) -> int:
-        return len(self.experts["high"].blocks)
-
-    def module(self, name: str) -> nn.Module:
-        return self.experts[name] if name in EXPERTS else getattr(self, name)
-
-    def layer(self, expert: str, i: int) -> Layer:
-        to_video, to_audio = (getattr(self.bridge, name) for name in DIRECTIONS.values())
-        audio = self.audio.blocks[i] if i < len(self.audio.blocks) else None
-        speaks = str(i) in to_video
-        return Layer(self.experts[expert].blocks[i], audio, to_video[str(i)] if speaks else None, to_audio[str(i)] if speaks else None)
-
-    def sources(self, key: Key) -> dict[str, TensorEntry]:
-        """The stored tensors of a layer, by the name they have in a slab ("video.ffn.0.weight", "to_audio.inner.q.bias", ...)."""
-        expert, i = key
-        places = {"video": (expert, f"blocks.{i}."), "audio": ("audio", f"blocks.{i}.")}
-        places |= {direction: ("bridge", f"{name}.{i}.") for direction, name in DIRECTIONS.items()}
-        found = {}
-        for place, (part, prefix) in places.items():
-            found |= {place + "." + name[len(prefix) :]: entry for name, entry in self.entries[part].items() if name.startswith(prefix)}
-        return found
-
-    def dtypes(self, name: str, dtype: torch.dtype) -> dict[str, torch.dtype]:
-        """What the tensors of a module are computed with as, by key: `dtype`, or as stored where they are quantized."""
-        return dict.fromkeys(self.tensors[name], dtype) | fixed_dtypes(self.module(name))
-
-    def slots(self, key: Key, dtype: torch.dtype) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
-        """What a slab must hold for a layer: name, shape and dtype; the keys of the prompt last, since most visits do without them."""
-        sources, fixed = self.sources(key), {}
-        for place, module in vars(self.layer(*key)).items():
-            fixed |= fixed_dtypes(module, place) if module is not None else {}
-        for name in sorted(sources, key=lambda name: (is_text_key(name), name)):
-            yield name, sources[name].shape, fixed.get(name, dtype)
-
-    def bytes(self, dtype: torch.dtype) -> int:
-        """What is computed with in one step: one expert, the audio tower, the bridge."""
-        used = {name: self.dtypes(name, dtype) for name in ("high", "audio", "bridge")}
-        return sum(tensor.numel() * used[name][key].itemsize for name in used for key, tensor in self.tensors[name].items())
 
 
 @dataclass(frozen=True)
@@ -145,10 +81,11 @@ class Report:
 class Residency:
     """Brings weights to the device when they are computed with, and takes them away again."""
 
-    def __init__(self, parts: Parts, device: torch.device, dtype: torch.dtype, mode: str = "auto") -> None:
+    def __init__(self, parts: Parts, device: torch.device, dtype: torch.dtype, mode: str = "auto", changes: Changes | None = None) -> None:
         if mode not in MODES:
             raise InputError(f"residency is {mode!r}; choose {', '.join(MODES)}.")
         self.parts, self.device, self.dtype, self.mode = parts, device, dtype, mode
+        self.changes = changes or {}  # of LoRAs, by part and tensor
         self.traffic = Traffic()
         self.placement: Placement | None = None
         self.placed: set[str] = set()
@@ -161,14 +98,19 @@ class Residency:
     # ---------------------------------------------------------------- figures
 
     @cached_property
-    def layer_sources(self) -> dict[Key, dict[str, TensorEntry]]:
-        return {(expert, i): self.parts.sources((expert, i)) for expert in EXPERTS for i in range(self.parts.count)}
+    def layer_sources(self) -> dict[Key, dict[str, Source]]:
+        """What a slab is filled with, by its name there: a layer's tensors, and the factors of what LoRAs change in them."""
+        return {key: self.parts.sources(key) | list_factors(self.layer_changes[key]) for key in self.parts.keys()}
+
+    @cached_property
+    def layer_changes(self) -> dict[Key, LayerChanges]:
+        return {key: pick_layer(key, self.changes) for key in self.parts.keys()}
 
     @cached_property
     def layouts(self) -> dict[Key, Layout]:
         """Of every layer; those of one kind (the same tensors of the same dtypes) share theirs."""
         kinds: dict[tuple, Layout] = {}
-        slots = {key: tuple(self.parts.slots(key, self.dtype)) for key in self.layer_sources}
+        slots = {key: tuple(self.parts.slots(key, sources, self.dtype)) for key, sources in self.layer_sources.items()}
         return {key: kinds.setdefault(needed, Layout(needed)) for key, needed in slots.items()}
 
     def kinds(self, i: int) -> set[Layout]:
@@ -182,7 +124,9 @@ class Residency:
 
     @cached_property
     def stored(self) -> bool:
-        """Whether the files hold what is computed in."""
+        """Whether the files hold what is computed with."""
+        if self.changes:
+            return False
         used = {name: self.parts.dtypes(name, self.dtype) for name in self.parts.tensors}
         return all(tensor.dtype == used[name][key] for name, tensors in self.parts.tensors.items() for key, tensor in tensors.items())
 
@@ -245,12 +189,16 @@ class Residency:
         if self.placement.mode == "views":
             return
         if self.link is None:
-            self.link = Link(self.layouts, self.device, self.layer_sources, self.traffic)
+            self.link = Link(self.layouts, self.device, self.layer_sources, self.traffic, self.adapt if self.changes else None)
             self.own = {i: Slab(self.kinds(i), self.device) for i in sorted(self.placement.own)}
             self.shared = [Slab(set(self.layouts.values()), self.device) for _ in range(self.placement.shared)]
             self.traffic.slab_bytes = max(self.traffic.slab_bytes, self.held_bytes())
         taking_turns = itertools.cycle(self.shared)
         self.feeder = Feeder(self.link, self.plan(visits), lambda turn: self.own.get(turn.key[1]) or next(taking_turns))
+
+    def adapt(self, slab: Slab, turn: Turn) -> None:
+        """Adds what LoRAs change to a layer that has just been filled."""
+        slab.sides = adapt_layer(self.layer_changes[turn.key], {name: weight.data for name, weight in slab.weights.items()}, turn.names, self.dtype)
 
     def plan(self, visits: list[tuple[str, bool]]) -> Iterator[Turn]:
         for expert, reads_prompts in visits:
@@ -279,6 +227,7 @@ class Residency:
             try:
                 yield layer
             finally:
+                unseat_sides(layer)
                 slab.give_back()
         if self.allocations_before is None:
             self.allocations_before = device_allocations(self.device)
@@ -297,6 +246,7 @@ class Residency:
             return
         whole, dtypes = self.placement.mode == "views", self.parts.dtypes(name, self.dtype)
         moved = {key: tensor.to(self.device, dtypes[key]) for key, tensor in self.parts.tensors[name].items() if whole or not key.startswith(LAYERS)}
+        adapt_tensors(self.changes.get(name, {}), moved)
         self.parts.module(name).load_state_dict(moved, assign=True, strict=False)
         self.placed.add(name)
         self.traffic.bytes_moved += 0 if whole else sum(tensor.nbytes for tensor in moved.values())
@@ -324,10 +274,6 @@ class Residency:
             self.take_away(name)
 
 
-def is_text_key(name: str) -> bool:
-    return any(part in name for part in TEXT_KEYS)
-
-
 def seat(layer: Layer, slab: Slab) -> None:
     """Makes the slab's weights the parameters of the layer's modules."""
     for place, module in vars(layer).items():
@@ -335,6 +281,16 @@ def seat(layer: Layer, slab: Slab) -> None:
             for path, owner in module.named_modules(prefix=place):
                 for leaf in [leaf for leaf, weight in owner._parameters.items() if weight is not None]:
                     owner._parameters[leaf] = slab.weights[f"{path}.{leaf}"]
+                if path in slab.sides:
+                    owner.sides = slab.sides[path]
+
+
+def unseat_sides(layer: Layer) -> None:
+    """Side branches belong to the slab; a layer that kept them would keep their memory."""
+    for module in filter(None, vars(layer).values()):
+        for owner in module.modules():
+            if isinstance(owner, QuantizedLinear):
+                owner.sides = ()
 
 
 def spread(count: int, total: int) -> frozenset[int]:
@@ -387,6 +343,8 @@ def choose_placement(residency: Residency, job: Job, room: Room) -> Placement:
     shared = shared if shared * max(sizes) <= spare else SLABS
     if mode == "stream":
         return Placement("stream", f"as asked, in {shared} slabs{from_disk}", shared=shared)
+    if device == "cpu" and residency.changes and room.ram is not None and sum(sizes) + job.activations + MARGIN <= room.ram:
+        return Placement("resident", f"LoRAs are added once per expert, in {sum(sizes) / 2**30:.1f} GiB of RAM", everything.own)
     if device == "cpu":
         return Placement("stream", f"converted to {residency.dtype} layer by layer{from_disk}", shared=SLABS)
     if device != "cuda":

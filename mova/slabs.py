@@ -13,13 +13,12 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import TensorEntry
-from .reading import Reader
+from .reading import Reader, Source
 
 log = logging.getLogger("mova")
 
@@ -30,6 +29,8 @@ LEAST_BYTES = 2**20  # per piece, where little memory can be pinned; more than a
 AHEAD = 64  # resident layers announced ahead of compute at most
 
 Key = tuple[str, int]  # of a layer: expert, number
+Sides = dict[str, Any]  # what acts beside a linear of the layer, by the linear's path
+Adapt = Callable[["Slab", "Turn"], None]
 
 
 class Turn(NamedTuple):
@@ -49,7 +50,7 @@ class Slot(NamedTuple):
 class Rows(NamedTuple):
     """Rows of one stored tensor, and the bytes they have in a slab."""
 
-    entry: TensorEntry
+    entry: Source
     start: int
     end: int
     dtype: torch.dtype
@@ -74,7 +75,7 @@ class Layout:
             views[name] = buffer[slot.start : slot.start + used].view(slot.dtype).view(slot.shape)
         return views
 
-    def pieces(self, wanted: Iterable[tuple[str, TensorEntry]], most: int) -> Iterator[list[Rows]]:
+    def pieces(self, wanted: Iterable[tuple[str, Source]], most: int) -> Iterator[list[Rows]]:
         """Cuts tensors, given in the order of their slots, into groups of neighbouring rows that span at most `most` bytes."""
         piece: list[Rows] = []
         for name, entry in wanted:
@@ -111,6 +112,7 @@ class Slab:
         self.buffer = torch.empty(max(layout.nbytes for layout in kinds), dtype=torch.uint8, device=device)
         self.kinds = {layout: {name: nn.Parameter(view, requires_grad=False) for name, view in layout.carve(self.buffer).items()} for layout in kinds}
         self.weights: dict[str, nn.Parameter] = {}  # of the layer it holds
+        self.sides: Sides = {}
         self.holds: Key | None = None
         self.names: frozenset[str] = frozenset()
         self.returned = threading.Event()  # set when the executing thread has launched what it needed
@@ -144,10 +146,15 @@ class HostBuffer:
 
 
 class Link:
-    """The way from the files into slabs: directly where the device is the CPU, through a ring of host buffers otherwise."""
+    """The way from the files into slabs: directly where the device is the CPU, through a ring of host buffers otherwise.
 
-    def __init__(self, layouts: Mapping[Key, Layout], device: torch.device, sources: Mapping[Key, dict[str, TensorEntry]], traffic: Traffic) -> None:
-        self.layouts, self.device, self.sources, self.traffic = layouts, device, sources, traffic
+    `adapt` changes the weights of a slab that was filled, on the device, before the layer computes.
+    """
+
+    def __init__(
+        self, layouts: Mapping[Key, Layout], device: torch.device, sources: Mapping[Key, dict[str, Source]], traffic: Traffic, adapt: Adapt | None = None
+    ) -> None:
+        self.layouts, self.device, self.sources, self.traffic, self.adapt = layouts, device, sources, traffic, adapt
         self.reader = Reader()
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.ring = [] if device.type == "cpu" else self.make_ring()
@@ -177,10 +184,15 @@ class Link:
         else:
             self.reader.read([(entry, slab.weights[name].data) for name, entry in wanted])
             self.traffic.copies += len(wanted)
+        if self.adapt is not None:
+            with torch.cuda.stream(self.stream):
+                self.adapt(slab, turn)
+        if self.stream is not None:
+            slab.filled.record(self.stream)
         self.traffic.bytes_moved += sum(slab.weights[name].nbytes for name, _ in wanted)
         slab.holds, slab.names = turn.key, turn.names
 
-    def send(self, slab: Slab, layout: Layout, wanted: list[tuple[str, TensorEntry]]) -> None:
+    def send(self, slab: Slab, layout: Layout, wanted: list[tuple[str, Source]]) -> None:
         if self.stream is not None:
             self.stream.wait_event(slab.used)
         for piece in layout.pieces(wanted, self.ring[0].memory.nbytes):
@@ -195,8 +207,6 @@ class Link:
             self.traffic.copies += 1
             if host.sent is not None:
                 host.sent.record(self.stream)
-        if self.stream is not None:
-            slab.filled.record(self.stream)
 
     def close(self) -> None:
         self.reader.close()
@@ -215,7 +225,7 @@ class Feeder:
         self.thread = threading.Thread(target=self.feed, name="mova-feed", daemon=True)
         self.thread.start()
 
-    @torch.no_grad()
+    @torch.inference_mode()  # as ComfyUI runs nodes: what was made so may be written to only so
     def feed(self) -> None:
         try:
             for turn in self.plan:

@@ -205,7 +205,8 @@ def import_transformers() -> Any:
     try:
         import transformers
 
-        transformers.UMT5EncoderModel  # noqa: B018  (a name is imported when it is asked for)
+        with torch.device("cpu"):  # also where networks are built on the meta device: torchaudio, imported on the way, needs its constants
+            transformers.UMT5EncoderModel  # noqa: B018  (a name is imported when it is asked for)
     except (ImportError, OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise InputError(

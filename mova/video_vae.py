@@ -250,7 +250,8 @@ def load_video_vae(folder: str | Path, *, device: torch.device | str = "cpu", dt
 def import_network() -> Any:
     """diffusers' AutoencoderKLWan. InputError when diffusers cannot be loaded, for whatever reason below it (which it tells as a RuntimeError)."""
     try:
-        from diffusers import AutoencoderKLWan
+        with torch.device("cpu"):  # also where networks are built on the meta device: torchaudio, imported on the way, needs its constants
+            from diffusers import AutoencoderKLWan
     except (ImportError, OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise InputError(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from .residency import Parts
+from .parts import Parts
 from .towers import TowerConfig
 
 TEXT_TOKENS = 512  # as in the published timings; that padding is collapsed here saves less than 1 % of the work

@@ -11,7 +11,8 @@ import mova
 from mova import InputError
 from mova.bridge import Bridge, BridgeConfig
 from mova.denoiser import Denoiser
-from mova.residency import Parts, Residency
+from mova.parts import Parts
+from mova.residency import Residency
 from mova.schedule import ScheduleConfig
 from mova.towers import AudioTower, AudioTowerConfig, TowerConfig, VideoTower
 

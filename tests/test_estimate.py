@@ -20,7 +20,8 @@ from mova.bridge import Bridge, BridgeConfig
 from mova.cards import GPUS, find_device
 from mova.denoiser import BLOCK_PEAK, SMALL_TENSORS, Denoiser
 from mova.estimate import estimate
-from mova.residency import Parts, Residency
+from mova.parts import Parts
+from mova.residency import Residency
 from mova.sampler import Guidance
 from mova.schedule import ScheduleConfig
 from mova.towers import AudioTower, AudioTowerConfig, TowerConfig, VideoTower

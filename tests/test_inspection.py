@@ -175,9 +175,11 @@ def test_weight_files(tiny_mova, name, what):
     [
         (
             {"diffusion_model.blocks.0.self_attn.q.lora_A.weight": (8, 64), "diffusion_model.blocks.0.self_attn.q.lora_B.weight": (64, 8)},
-            "LoRA with 2 adapter tensors, rank 8",
+            "LoRA with 2 adapter tensors (LoRA), rank 8",
         ),
         ({"lora_unet_video_dit_blocks_0_q.lora_down.weight": (4, 64), "lora_unet_video_dit_blocks_0_q.lora_up.weight": (64, 4)}, "for video_dit"),
+        ({"blocks.0.ffn.2.lora_A.weight": (8, 13824), "blocks.0.ffn.2.lora_B.weight": (5120, 8)}, "It fits the released MOVA."),
+        ({"blocks.0.self_attn.q.lora_A.weight": (8, 3072), "blocks.0.self_attn.q.lora_B.weight": (3072, 8)}, "a LoRA for Wan 2.2 TI2V 5B"),
         ({"patch_embedding.weight": (32, 16, 1, 2, 2)}, "text-to-video"),
         ({"decoder.upsamples.0.residual.0.gamma": (8,)}, "original naming"),
         ({"condition_embedder.time_embedder.linear_1.weight": (8, 8)}, "diffusers naming"),
@@ -191,17 +193,27 @@ def test_weight_files_of_others(tmp_path, keys, what):
 
 def test_reference_lora():
     report = inspect_path(golden_path("lora/low_resource_f32/lora_weights.mirror.safetensors"))
-    assert "224 adapter tensors, rank 4, for video_dit, video_dit_2, audio_dit, dual_tower_bridge" in report.what
+    assert "224 adapter tensors (LoRA), rank 4, for " in report.what
+    assert all(name in report.what for name in ("video_dit", "video_dit_2", "audio_dit", "dual_tower_bridge"))
 
 
-def test_pickles_are_named_not_opened(tmp_path):
+def test_reference_lora_as_its_trainer_wrote_it():
+    for place in ("lora/low_resource_bf16", "lora/low_resource_bf16/lora_weights.pt"):
+        report = inspect_path(golden_path(place))
+        assert report.complete and "224 adapter tensors (LoRA), rank 4" in report.what and "80 x 80" in str(report)
+    empty = inspect_path(golden_path("lora/accelerate_r16_nonfsdp_as_trainer_calls_it"))
+    assert not empty.complete and "writes such empty files" in str(empty)
+
+
+def test_a_pickle_never_runs(tmp_path):
     class Trap:
         def __reduce__(self):
             return (pytest.fail, ("the pickle was opened",))
 
     (tmp_path / "old.pt").write_bytes(pickle.dumps(Trap()))
     torch.save({"a": torch.zeros(1)}, tmp_path / "new.pt")
-    for name in ("old.pt", "new.pt"):
+    torch.save({"a.lora_A": Trap()}, tmp_path / "trap.pt")
+    for name in ("old.pt", "new.pt", "trap.pt"):
         report = inspect_path(tmp_path / name)
         assert "pickle" in report.what and not report.complete
 

@@ -19,8 +19,9 @@ from mova.bridge import Bridge, BridgeConfig
 from mova.checkpoint import TensorEntry
 from mova.denoiser import Branch
 from mova.layers import Block, row_slices
+from mova.parts import is_text_key
 from mova.reading import Reader
-from mova.residency import MARGIN, SLABS, Job, Placement, Residency, Room, choose_placement, is_text_key, spread
+from mova.residency import MARGIN, SLABS, Job, Placement, Residency, Room, choose_placement, spread
 from mova.slabs import Layout, Link, Slab
 from mova.towers import AudioTower, AudioTowerConfig, TowerConfig, VideoTower
 
@@ -142,6 +143,22 @@ def test_what_can_be_pinned_decides_how_large_the_pieces_are(monkeypatch, caplog
     link.layouts, link.cut_ring = {("high", 0): SimpleNamespace(nbytes=10**9)}, lambda block: Link.cut_ring(link, block)
     assert [host.memory.nbytes for host in Link.make_ring(link)] == [buffer] * slabs.HOST_BUFFERS
     assert ("could not be pinned" in caplog.text) == (allowed < 2**30)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["stored", "converted"])
+@pytest.mark.parametrize("ring", [False, True])
+def test_under_inference_mode_as_in_comfyui(tiny_mova, loop, monkeypatch, ring, dtype):
+    """The host's threads are in inference mode, ours are not by themselves: they must be able to fill what was made there."""
+    expected = mova.sample(mova.load_denoiser(tiny_mova, dtype=dtype, residency="stream"), **loop)
+    build = Link.__init__
+
+    def with_ring(link, *args):
+        build(link, *args)
+        link.ring = link.make_ring() if ring else []
+
+    monkeypatch.setattr(Link, "__init__", with_ring)
+    with torch.inference_mode():
+        assert_equal(mova.sample(mova.load_denoiser(tiny_mova, dtype=dtype, residency="stream"), **loop), expected)
 
 
 def test_a_slab_is_not_touched_before_its_layer_has_run(streaming, tiny_mova, loop, expected, monkeypatch):
@@ -299,6 +316,7 @@ def stand_in(device, mode="auto", stored=True):
         mode=mode,
         stored=stored,
         dtype=torch.bfloat16,
+        changes={},
         parts=SimpleNamespace(count=40),
         sizes=[int(0.973e9)] * 40,
     )
