@@ -14,6 +14,7 @@ from .audio_vae import AudioVAE, load_audio_vae
 from .denoiser import Denoiser, OnLayer, load_denoiser
 from .image import check_size, image_condition, open_image
 from .media import Clip, write_clip
+from .resume import Resume
 from .sampler import OnStep, choose_guidance, plan_steps, sample
 from .text import TextEncoder, load_text_encoder
 from .video_vae import VideoVAE, load_video_vae
@@ -76,6 +77,7 @@ class Pipeline:
         schedule: str = "reference",
         seed: int = 42,
         last_image: Picture | None = None,
+        resume: Resume | None = None,
         on_step: OnStep | None = None,
         on_layer: OnLayer | None = None,
     ) -> Latents:
@@ -115,6 +117,7 @@ class Pipeline:
                 video_noise=video_noise,
                 audio_noise=audio_noise,
                 fps=fps,
+                resume=resume,
                 on_step=on_step,
                 on_layer=on_layer,
                 **sampling,
@@ -124,6 +127,8 @@ class Pipeline:
         settings = dict(
             prompt=prompt, negative_prompt=negative_prompt, seed=seed, height=height, width=width, num_frames=num_frames, fps=fps, model=self.folder.name
         )
+        if self.denoiser.loras:
+            settings["loras"] = [lora.settings for lora in self.denoiser.loras]
         return Latents(video, audio, fps, settings | sampling)
 
     def decode_audio(self, latents: Latents) -> Tensor:

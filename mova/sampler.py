@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .denoiser import Branch, Denoiser, OnLayer, StepTimes
 from .errors import InputError, SamplingError
+from .resume import Kept, KeptRun, Resume, open_run
 from .schedule import Grid, choose_experts, make_grid
 
 Pair = tuple[Tensor, Tensor]
@@ -160,6 +161,7 @@ def sample(
     video_mask: Tensor | None = None,
     audio_mask: Tensor | None = None,
     fps: float = 24.0,
+    resume: Resume | None = None,
     on_step: OnStep | None = None,
     on_layer: OnLayer | None = None,
 ) -> Pair:
@@ -169,7 +171,8 @@ def sample(
     cfg, audio_cfg (None = cfg): how strictly picture and sound follow the prompt; bridge_guidance: each other (1 = off).
     None for shift, audio_shift (= shift), boundary (0..1): the checkpoint's own. schedule: reference | simple.
     denoise 0..1 below 1 starts from video_start and audio_start (clean latents). *_mask: 1 = make, 0 = keep *_start,
-    broadcastable to the stream. on_step(Step) after every step, on_layer(done, total) after every layer of every step:
+    broadcastable to the stream. resume: where the run is kept while it lasts; one that is there already is gone on with,
+    bit for bit as if it had never stopped. on_step(Step) after every step, on_layer(done, total) after every layer of every step:
     raise in either to cancel. InputError for values that do not fit, SamplingError when latents become NaN or infinite.
     """
     plan = plan_steps(denoiser, steps=steps, shift=shift, audio_shift=audio_shift, boundary=boundary, schedule=schedule, denoise=denoise)
@@ -177,13 +180,29 @@ def sample(
     video = Stream("video", video_noise, video_start, video_mask, plan.video, denoiser.device)
     audio = Stream("audio", audio_noise, audio_start, audio_mask, plan.audio, denoiser.device)
     branches = guidance.branches(context, negative_context)
-    with denoiser.prepare(video.x, audio.x, condition, branches, plan.times, fps) as run:
-        for k, step in enumerate(plan.times):
+    settings = dict(steps=steps, shift=shift, audio_shift=audio_shift, boundary=boundary, schedule=schedule, denoise=denoise, fps=fps, **vars(guidance))
+    tensors = dict(
+        context=context, negative_context=None if guidance.plain else negative_context, condition=condition, video_noise=video_noise, audio_noise=audio_noise,
+        video_start=video_start, audio_start=audio_start, video_mask=video_mask, audio_mask=audio_mask,
+    )  # fmt: skip
+    with denoiser.prepare(video.x, audio.x, condition, branches, plan.times, fps) as run, open_run(resume, denoiser, settings, tensors) as record:
+        done = restore(record, video, audio)
+        for k, step in list(enumerate(plan.times))[done:]:
             velocities = guidance.combine(run.velocities(video.entering(k), audio.entering(k), k, on_layer))
             clean = [stream.advance(k, velocity, steps) for stream, velocity in zip((video, audio), velocities, strict=True)]
+            record.note(Kept(k + 1, video.x, audio.x))
             if on_step is not None:
                 on_step(Step(k, steps, step.video.item(), plan.video.sigmas[k].item(), plan.audio.sigmas[k].item(), step.expert, *clean))
     return video.finished().to(video_noise.device), audio.finished().to(audio_noise.device)
+
+
+def restore(record: KeptRun, video: Stream, audio: Stream) -> int:
+    """Puts both streams where the kept run stopped; returns how many steps are done."""
+    kept = record.read()
+    if kept is None:
+        return 0
+    video.x, audio.x = kept.video.to(video.x), kept.audio.to(audio.x)
+    return kept.done
 
 
 def fit(given: Tensor, noise: Tensor, name: str) -> Tensor:

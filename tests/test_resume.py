@@ -1,0 +1,190 @@
+"""A run that was interrupted, or killed, goes on to the same clip bit for bit; a kept run of another kind is refused."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import save_file
+
+import mova
+from mova import InputError, Lora, Resume
+from mova.resume import KEPT_RUNS
+
+
+class Stopped(Exception):
+    """What a user's cancel raises."""
+
+
+@pytest.fixture(scope="module")
+def denoiser(tiny_mova):
+    return mova.load_denoiser(tiny_mova)
+
+
+def stop_behind(step):
+    def on_step(done):
+        if done.index == step:
+            raise Stopped
+
+    return on_step
+
+
+def steps_of(run):
+    seen = []
+    return run(on_step=lambda step: seen.append(step.index)), seen
+
+
+@pytest.mark.parametrize("every", [1, 3, 100])
+@pytest.mark.parametrize("stopped", [0, 1, 2])  # the experts change behind step 1 or so of 4
+@pytest.mark.parametrize("options", [{}, {"cfg": 1.0}, {"audio_shift": 3.0, "bridge_guidance": 2.0}], ids=["guided", "plain", "three passes"])
+def test_goes_on_bit_for_bit(denoiser, loop, tmp_path, every, stopped, options):
+    expected, file = mova.sample(denoiser, **loop, **options), tmp_path / "run.safetensors"
+    with pytest.raises(Stopped):
+        mova.sample(denoiser, **loop, **options, resume=Resume(file, every), on_step=stop_behind(stopped))
+    assert file.is_file()
+    found, seen = steps_of(lambda on_step: mova.sample(denoiser, **loop, **options, resume=Resume(file, every), on_step=on_step))
+    assert seen == list(range(stopped + 1, 4))
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    assert not list(tmp_path.iterdir())  # complete: nothing to go on with
+
+
+def test_kept_cells_and_partial_noise(denoiser, loop, tmp_path):
+    torch.manual_seed(1)
+    masks = {"video_start": torch.randn_like(loop["video_noise"]), "audio_start": torch.randn_like(loop["audio_noise"]), "denoise": 0.7}
+    masks["audio_mask"] = (torch.rand_like(loop["audio_noise"][:, :1]) > 0.5).float()
+    expected, resume = mova.sample(denoiser, **loop | masks), Resume(tmp_path, 1)
+    with pytest.raises(Stopped):
+        mova.sample(denoiser, **loop | masks, resume=resume, on_step=stop_behind(1))
+    found = mova.sample(denoiser, **loop | masks, resume=resume)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+def test_cancel_within_a_step_and_lost_numbers_keep_the_last_finished_one(denoiser, loop, tmp_path):
+    file, layers = tmp_path / "run.safetensors", []
+
+    def on_layer(done, total):
+        layers.append(done)
+        if len(layers) == 2 * total + 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        mova.sample(denoiser, **loop, resume=Resume(file, 100), on_layer=on_layer)
+    _, seen = steps_of(lambda on_step: mova.sample(denoiser, **loop, resume=Resume(file, 100), on_step=on_step))
+    assert seen == [2, 3]
+    with pytest.raises(Stopped):  # nothing is finished, so nothing is kept
+        mova.sample(denoiser, **loop, resume=Resume(file), on_layer=lambda done, total: (_ for _ in ()).throw(Stopped))
+    assert not file.exists()
+
+
+OTHERS = {
+    "steps": ({"steps": 5}, "steps is 4 there and 5 here"),
+    "cfg": ({"cfg": 4.0}, "cfg is 5.0 there and 4.0 here"),
+    "schedule": ({"schedule": "simple"}, "schedule is reference there and simple here"),
+    "prompt": ({"context": lambda x: x + 1}, "the prompt is another"),
+    "picture": ({"condition": lambda x: x + 1}, "the picture, or the size, is another"),
+    "seed": ({"video_noise": lambda x: x.flip(0) * -1}, "the seed, or the size, is another"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_run_is_refused_and_its_file_left_alone(denoiser, loop, tmp_path, name):
+    changes, message = OTHERS[name]
+    file = tmp_path / "run.safetensors"
+    with pytest.raises(Stopped):
+        mova.sample(denoiser, **loop, resume=Resume(file, 1), on_step=stop_behind(0))
+    before = file.read_bytes()
+    changed = {key: value(loop[key]) if callable(value) else value for key, value in changes.items()}
+    with pytest.raises(InputError, match=message):
+        mova.sample(denoiser, **loop | changed, resume=Resume(file))
+    assert file.read_bytes() == before
+    with pytest.raises(Stopped):  # in a folder each run has a file of its own
+        mova.sample(denoiser, **loop | changed, resume=Resume(tmp_path, 1), on_step=stop_behind(0))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_other_weights_dtype_and_loras_are_other_runs(denoiser, tiny_mova, loop, tmp_path):
+    file, copied = tmp_path / "run.safetensors", tmp_path / "copied"
+    with pytest.raises(Stopped):
+        mova.sample(denoiser, **loop, resume=Resume(file, 1), on_step=stop_behind(1))
+    with pytest.raises(InputError, match=r"dtype is torch.float32 there and torch.bfloat16 here"):
+        mova.sample(mova.load_denoiser(tiny_mova, dtype=torch.bfloat16), **loop, resume=Resume(file))
+    lora = {"video_dit.blocks.0.self_attn.q.lora_A.weight": torch.randn(2, denoiser.parts.experts["high"].config.dim)}
+    lora["video_dit.blocks.0.self_attn.q.lora_B.weight"] = torch.randn(denoiser.parts.experts["high"].config.dim, 2)
+    save_file(lora, tmp_path / "lora.safetensors")
+    with pytest.raises(InputError, match="the choice of LoRAs is another"):
+        mova.sample(denoiser.with_loras([Lora(tmp_path / "lora.safetensors")]), **loop, resume=Resume(file))
+    shutil.copytree(tiny_mova, copied, copy_function=shutil.copyfile)  # later times, same weights
+    weights = next((copied / "video_dit_2").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(InputError, match="the checkpoint is another"):
+        mova.sample(mova.load_denoiser(copied), **loop, resume=Resume(file))
+    shutil.copyfile(next((tiny_mova / "video_dit_2").glob("*.safetensors")), weights)
+    found, expected = mova.sample(mova.load_denoiser(copied, residency="stream"), **loop, resume=Resume(file)), mova.sample(denoiser, **loop)
+    assert torch.equal(found[0], expected[0])
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "empty", "foreign", "pickle"])
+def test_a_damaged_file_is_refused(denoiser, loop, tmp_path, damage):
+    file = tmp_path / "run.safetensors"
+    with pytest.raises(Stopped):
+        mova.sample(denoiser, **loop, resume=Resume(file, 1), on_step=stop_behind(0))
+    whole = file.read_bytes()
+    if damage == "foreign":
+        save_file({"weight": torch.zeros(3)}, file)
+    else:
+        file.write_bytes({"cut": whole[: len(whole) // 2], "text": b"<html>", "empty": b"", "pickle": b"\x80\x04cos\nsystem\n."}[damage])
+    with pytest.raises(InputError, match="no run that can be resumed"):
+        mova.sample(denoiser, **loop, resume=Resume(file))
+
+
+def test_where_it_cannot_be_kept(denoiser, loop, tmp_path, caplog, monkeypatch):
+    with pytest.raises(InputError, match="does not exist"):
+        mova.sample(denoiser, **loop, resume=Resume(tmp_path / "no" / "run.safetensors"))
+    with pytest.raises(InputError, match="1 or more"):
+        mova.sample(denoiser, **loop, resume=Resume(tmp_path, 0))
+    expected = mova.sample(denoiser, **loop)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mova.resume.save_file", full)
+    found = mova.sample(denoiser, **loop, resume=Resume(tmp_path / "run.safetensors", 1))
+    assert torch.equal(found[0], expected[0]) and "the run goes on without" in caplog.text and not list(tmp_path.iterdir())
+
+
+def test_a_folder_keeps_the_newest(denoiser, loop, tmp_path):
+    for number in range(KEPT_RUNS + 3):
+        save_file({}, tmp_path / f"{number}.safetensors")
+        os.utime(tmp_path / f"{number}.safetensors", (number, number))
+    with pytest.raises(Stopped):
+        mova.sample(denoiser, **loop, resume=Resume(tmp_path, 1), on_step=stop_behind(0))
+    names = {file.name for file in tmp_path.iterdir()}
+    assert len(names) == KEPT_RUNS and "3.safetensors" not in names and f"{KEPT_RUNS + 2}.safetensors" in names
+
+
+def test_killed_on_the_command_line_and_taken_up_again(tiny_mova, tmp_path):
+    """SIGKILL, so that nothing can tidy up; the film is as one made without a stop."""
+    kept, fast = tmp_path / "run.safetensors", ["--height", "48", "--width", "64", "--num-frames", "9", "--steps", "12", "--prompt", "rain"]
+
+    def command(out, *more):
+        return [sys.executable, "-m", "mova", "generate", "--model", str(tiny_mova), "--out", str(out), *fast, "--text-cache", str(tmp_path / "text"), *more]
+
+    subprocess.run(command(tmp_path / "whole.mp4"), cwd=ROOT, check=True, capture_output=True)
+    running = subprocess.Popen(command(tmp_path / "again.mp4", "--resume", str(kept), "--keep-every", "1"), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    for line in running.stderr:
+        if line.startswith("step 3/"):
+            running.send_signal(signal.SIGKILL if os.name == "posix" else signal.SIGTERM)
+            break
+    running.wait()
+    time.sleep(0.1)
+    assert kept.is_file() and not (tmp_path / "again.mp4").exists()
+    told = subprocess.run(command(tmp_path / "again.mp4", "--resume", str(kept)), cwd=ROOT, check=True, capture_output=True, text=True).stderr
+    assert "Resumed behind step" in told and "step 3/12" not in told and not kept.exists()
+    whole, again = (mova.read_video(tmp_path / name) for name in ("whole.mp4", "again.mp4"))
+    assert torch.equal(whole.audio, again.audio)
+    assert (whole.frames - again.frames).abs().mean() < 0.01  # on a busy machine x264 itself encodes the same frames differently now and then
