@@ -32,6 +32,46 @@ def golden_config():
     return lambda name: json.loads(golden_path(f"{name}.json").read_text(encoding="utf-8"))["config"]
 
 
+def golden_cat_path(name: str) -> Path:
+    """A file of the encoder's reference outputs: the full set where it is present, else the small one of this repository."""
+    for folder in (SHARED / "golden" / "cat", ROOT / "tests" / "golden" / "cat"):
+        if (folder / name).exists():
+            return folder / name
+    pytest.skip(f"{name} is not in the small parity set of the encoder; the full one (../shared/golden/cat) is not here")
+
+
+class Recorded(dict):
+    """Recorded tensors by name; asking for one that only the full set holds skips the test."""
+
+    def __missing__(self, name):
+        pytest.skip(f"{name} is not in the small parity set of the encoder; the full one (../shared/golden/cat) is not here")
+
+
+@pytest.fixture(scope="session")
+def golden_cat():
+    """golden_cat("multires/option0.safetensors") -> its tensors by name; a .json file as written; anything else as its path."""
+
+    def read(name: str):
+        path = golden_cat_path(name)
+        readers = {".safetensors": lambda file: Recorded(load_file(file)), ".json": lambda file: json.loads(file.read_text(encoding="utf-8"))}
+        return readers.get(path.suffix, lambda file: file)(path)
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def golden_syncnet():
+    """golden_syncnet("mfcc") -> the tensors of that reference file of SyncNet, by name."""
+
+    def load(name):
+        for folder in (SHARED / "golden", ROOT / "tests" / "golden"):
+            if (folder / "syncnet" / f"{name}.safetensors").is_file():
+                return load_file(folder / "syncnet" / f"{name}.safetensors")
+        pytest.skip(f"syncnet/{name} is not in the small parity set; the full one (../shared/golden) is not here")
+
+    return load
+
+
 @pytest.fixture
 def loop(golden):
     """The reference's guided run of four steps as arguments of `mova.sample`, prompts as short as they are."""
