@@ -5,7 +5,7 @@ import logging
 import sys
 from pathlib import Path
 
-from . import say
+from . import WorkflowError, say
 
 PACK = Path(__file__).resolve().parent.parent  # the folder that ComfyUI would find in custom_nodes
 
@@ -26,6 +26,9 @@ def main(arguments: list[str] | None = None, pack: Path = PACK) -> int:
         from .runner import run  # after the arguments are read: torch takes seconds to import
 
         return run(given.workflow, models=given.models, inputs=given.input, outputs=given.output, model=given.model, assignments=given.set, pack=pack)
+    except WorkflowError as error:
+        say(str(error))
+        return 2
     except KeyboardInterrupt:
         say("Stopped.")
         return 130

@@ -1,7 +1,4 @@
-"""Stand-ins for the small part of ComfyUI that nodes import: comfy_api.latest, folder_paths, comfy.model_management, comfy.utils.
-
-Written from their public signatures (0.12.2). What these do not know raises, so that nothing passes here on something made up.
-"""
+"""Stand-ins for the part of ComfyUI that nodes import, from its public signatures (0.12.2), without its checks: only ComfyUI tells if a node is right."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ import os
 import re
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from enum import Enum
 from functools import partial
@@ -22,48 +18,26 @@ import torch
 
 from . import WorkflowError, say
 
-# Keywords by which an input may be declared; the first of a type may also be given by position.
-SOCKET = ("display_name", "optional", "tooltip", "lazy", "extra_dict", "raw_link", "advanced")
-WIDGET = (*SOCKET, "default", "socketless", "force_input")
-KEYWORDS = {
-    "INT": (*WIDGET, "min", "max", "step", "control_after_generate", "display_mode"),
-    "FLOAT": (*WIDGET, "min", "max", "step", "round", "display_mode"),
-    "STRING": (*WIDGET, "multiline", "placeholder", "dynamic_prompts"),
-    "BOOLEAN": (*WIDGET, "label_on", "label_off"),
-    "COMBO": ("options", *WIDGET[:-1], "control_after_generate", "upload", "image_folder", "remote"),
-}
-EVERY_KEYWORD = sorted({name for names in KEYWORDS.values() for name in names})
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+SETTINGS = ("display_name", "tooltip", "default", "options", "min", "max", "step", "control_after_generate", "advanced", "multiline", "force_input")
 TYPES = ("Int", "Float", "String", "Boolean", "Combo", "Image", "Mask", "Latent", "Audio", "Video", "Vae", "Conditioning", "Model", "Clip", "Sigmas", "Noise")
-FLAGS = ("is_input_list", "is_output_node", "is_deprecated", "is_experimental", "is_dev_only", "is_api_node", "not_idempotent")
-TIMES = {"year": "%Y", "month": "%m", "day": "%d", "hour": "%H", "minute": "%M", "second": "%S"}  # what %year% in a file name means
 
 
-def declare(known: dict[str, Any], given: dict[str, Any], **fixed: Any) -> SimpleNamespace:
-    """The known attributes, those given changed. TypeError for a keyword that the real one does not have."""
-    if unknown := sorted(set(given) - set(known)):
-        raise TypeError(f"unexpected keyword arguments: {', '.join(unknown)}")
-    return SimpleNamespace(**{**known, **given, **fixed})
-
-
-def build_input(io_type: str, id: str, first: Any = None, **given: Any) -> SimpleNamespace:
-    """One declared input; every keyword of any input is an attribute, None when it was not given."""
-    known = KEYWORDS.get(io_type, SOCKET)
-    item = declare({**dict.fromkeys(known), known[0]: first}, given, id=id, io_type=io_type)
-    fixed = {"optional": bool(item.optional), "is_widget": io_type in KEYWORDS and not given.get("force_input")}
-    return SimpleNamespace(**{**dict.fromkeys(EVERY_KEYWORD), **vars(item), **fixed})
-
-
-def build_output(io_type: str, id: str | None = None, display_name: str | None = None, **given: Any) -> SimpleNamespace:
-    return declare({"tooltip": None, "is_output_list": False}, given, io_type=io_type, id=id, display_name=display_name)
+def build_socket(io_type: str, id: str | None = None, first: Any = None, *, optional: bool = False, **given: Any) -> SimpleNamespace:
+    """A declared input or output: keywords are attributes, SETTINGS that are not given are None. `first` is the name shown, or the choices of a list."""
+    known = {**dict.fromkeys(SETTINGS), "options" if io_type == "COMBO" else "display_name": first, "is_output_list": False, **given}
+    return SimpleNamespace(**known, id=id, io_type=io_type, optional=optional, is_widget=io_type in WIDGETS and not known["force_input"])
 
 
 def build_type(io_type: str) -> SimpleNamespace:
-    return SimpleNamespace(io_type=io_type, Type=Any, Input=partial(build_input, io_type), Output=partial(build_output, io_type))
+    socket = partial(build_socket, io_type)
+    return SimpleNamespace(io_type=io_type, Type=Any, Input=socket, Output=socket)
 
 
 def build_schema(node_id: str, **given: Any) -> SimpleNamespace:
     lists = {name: [] for name in ("inputs", "outputs", "hidden", "search_aliases")}
-    return declare({**lists, **dict.fromkeys(FLAGS, False), **dict.fromkeys(("display_name", "category", "description"))}, given, node_id=node_id)
+    words = dict.fromkeys(("display_name", "category", "description"))
+    return SimpleNamespace(**{**lists, **words, "is_input_list": False, "is_output_node": False, **given}, node_id=node_id)
 
 
 class NodeOutput:
@@ -80,25 +54,20 @@ class ComfyNode:
         return cls.SCHEMA
 
 
-class ComfyExtension:
-    async def on_load(self) -> None: ...
-
-
-def show(text: str) -> SimpleNamespace:
+def show(value: str) -> SimpleNamespace:
     """What a node shows on the page: here a line of text."""
-    return SimpleNamespace(as_dict=lambda: {"text": (text,)})
+    return SimpleNamespace(as_dict=lambda: {"text": (value,)})
 
 
 ui = SimpleNamespace(
-    PreviewText=lambda value: show(value),
+    PreviewText=show,
     PreviewImage=lambda image, animated=False, cls=None: show(f"preview: {image.shape[0]} x {image.shape[2]}x{image.shape[1]} px"),
     PreviewAudio=lambda audio, cls=None: show(f"preview: {audio['waveform'].shape[-1] / audio['sample_rate']:.2f} s of sound"),
 )
-Hidden = Enum("Hidden", {name: name.upper() for name in ("unique_id", "prompt", "extra_pnginfo", "dynprompt")})
 io = SimpleNamespace(
     **{name: build_type(name.upper()) for name in TYPES}, AnyType=build_type("*"), Custom=build_type, Schema=build_schema,
-    ComfyNode=ComfyNode, NodeOutput=NodeOutput, Hidden=Hidden, NumberDisplay=Enum("NumberDisplay", {name: name for name in ("number", "slider")}),
-    MultiType=SimpleNamespace(Input=lambda id, types, **given: build_input(",".join(kind.io_type for kind in types), id, **given)),
+    ComfyNode=ComfyNode, NodeOutput=NodeOutput, NumberDisplay=Enum("NumberDisplay", "number slider"), Hidden=Enum("Hidden", "unique_id prompt extra_pnginfo"),
+    MultiType=SimpleNamespace(Input=lambda id, types, **given: build_socket(",".join(kind.io_type for kind in types), id, **given)),
 )  # fmt: skip
 
 
@@ -110,9 +79,8 @@ class FolderPaths(ModuleType):
     def __init__(self, models: Path, inputs: Path, outputs: Path, scratch: str) -> None:
         super().__init__("folder_paths")
         self.models_dir = os.path.abspath(models)
-        self.places = {"input": os.path.abspath(inputs), "output": os.path.abspath(outputs), "temp": scratch, "user": scratch}
-        for place, path in self.places.items():
-            setattr(self, f"get_{place}_directory", partial(str, path))
+        for place, path in {"input": inputs, "output": outputs, "temp": scratch, "user": scratch}.items():
+            setattr(self, f"get_{place}_directory", partial(os.path.abspath, path))
         standard = ("checkpoints", "loras", "vae", "text_encoders", "diffusion_models", "clip_vision", "audio_encoders")
         self.folder_names_and_paths = {name: ([os.path.join(self.models_dir, name)], self.supported_pt_extensions) for name in standard}
 
@@ -138,16 +106,10 @@ class FolderPaths(ModuleType):
         raise FileNotFoundError(f"{filename} is in none of the folders {', '.join(self.get_folder_paths(folder_name))}.")
 
     def get_annotated_filepath(self, name: str, default_dir: str | None = None) -> str:
-        file, where = re.fullmatch(r"(.*?)(?: \[(input|output|temp)\])?", name, re.DOTALL).groups()
-        return inside(self.places[where] if where else default_dir or self.places["input"], file)
-
-    def exists_annotated_filepath(self, name: str) -> bool:
-        return os.path.isfile(self.get_annotated_filepath(name))
+        return inside(default_dir or self.get_input_directory(), name)
 
     def get_save_image_path(self, filename_prefix: str, output_dir: str, image_width: int = 0, image_height: int = 0) -> tuple[str, str, int, str, str]:
         """(folder, name, first free number, sub-folder, prefix); the folder is made. Files are called NAME_00001_.ending."""
-        for word, value in {"width": image_width, "height": image_height, **TIMES}.items():
-            filename_prefix = filename_prefix.replace(f"%{word}%", time.strftime(str(value)))
         folder, name = os.path.split(inside(output_dir, filename_prefix))
         os.makedirs(folder, exist_ok=True)
         taken = re.compile(re.escape(name) + r"_(\d+)_", re.IGNORECASE)  # a case-blind file system must not overwrite either
@@ -163,24 +125,17 @@ def inside(folder: str, name: str) -> str:
     return path
 
 
-def get_torch_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 class ProgressBar:
-    """Progress on stderr: one line that updates on a terminal, at most five lines elsewhere."""
+    """Progress on stderr, a line for every tenth."""
 
     def __init__(self, total: int, node_id: Any = None) -> None:
-        self.total, self.current, self.quarter = total, 0, -1
+        self.total, self.current, self.tenth = total, 0, -1
 
     def update_absolute(self, value: int, total: int | None = None, preview: Any = None) -> None:
-        self.total = max(total or self.total, 1)
-        self.current = min(value, self.total)
-        if sys.stderr.isatty():
-            print(f"\r  {100 * self.current // self.total} % ", end="\n" if self.current == self.total else "", file=sys.stderr, flush=True)
-        elif self.quarter < (quarter := 4 * self.current // self.total):
-            self.quarter = quarter
-            say(f"  {25 * quarter} %")
+        self.total, self.current = max(total or self.total, 1), value
+        if self.tenth < (tenth := 10 * self.current // self.total):
+            self.tenth = tenth
+            say(f"  {10 * tenth} %")
 
     def update(self, value: int) -> None:
         self.update_absolute(self.current + value)
@@ -194,15 +149,14 @@ def build_module(name: str, **members: Any) -> ModuleType:
 
 @contextlib.contextmanager
 def installed(models: Path, inputs: Path, outputs: Path) -> Iterator[None]:
-    """The stand-ins under ComfyUI's names while the block runs; latent_preview and comfy.nested_tensor stay absent. WorkflowError inside a real ComfyUI."""
-    if getattr(sys.modules.get("comfy_api.latest"), "__file__", None):
-        raise WorkflowError("ComfyUI runs in this process: queue the workflow there. headless is for machines without it.")
-    devices = {**dict.fromkeys(("get_torch_device", "text_encoder_device", "vae_device"), get_torch_device),
-               **dict.fromkeys(("intermediate_device", "unet_offload_device"), partial(torch.device, "cpu"))}  # fmt: skip
-    management = build_module("comfy.model_management", **devices, throw_exception_if_processing_interrupted=lambda: None,
-                              free_memory=lambda memory_required, device, keep_loaded=(): [], soft_empty_cache=lambda force=False: torch.cuda.empty_cache(),
-                              InterruptProcessingException=KeyboardInterrupt)  # fmt: skip
-    utils, latest = build_module("comfy.utils", ProgressBar=ProgressBar), build_module("comfy_api.latest", ComfyExtension=ComfyExtension, io=io, ui=ui)
+    """The stand-ins under ComfyUI's names while the block runs; latent_preview and comfy.nested_tensor stay absent."""
+    gpu, cpu = partial(torch.device, "cuda" if torch.cuda.is_available() else "cpu"), partial(torch.device, "cpu")
+    management = build_module(
+        "comfy.model_management", get_torch_device=gpu, text_encoder_device=gpu, vae_device=gpu, intermediate_device=cpu, unet_offload_device=cpu,
+        free_memory=lambda memory_required, device, keep_loaded=(): [], soft_empty_cache=lambda force=False: torch.cuda.empty_cache(),
+        throw_exception_if_processing_interrupted=lambda: None, InterruptProcessingException=KeyboardInterrupt,
+    )  # fmt: skip
+    utils, latest = build_module("comfy.utils", ProgressBar=ProgressBar), build_module("comfy_api.latest", ComfyExtension=object, io=io, ui=ui)
     parents = build_module("comfy", __path__=[], model_management=management, utils=utils), build_module("comfy_api", __path__=[], latest=latest)
     with tempfile.TemporaryDirectory(prefix="headless-") as scratch:
         modules = {module.__name__: module for module in (*parents, management, utils, latest, FolderPaths(models, inputs, outputs, scratch))}

@@ -223,9 +223,9 @@ from headless.host import installed
 with installed(*[Path({str(tmp_path)!r})] * 3):
     spec = importlib.util.spec_from_file_location("p", "__init__.py", submodule_search_locations=["."])
     sys.modules["p"] = module = importlib.util.module_from_spec(spec)
-    start = time.monotonic()
+    start = time.process_time()
     spec.loader.exec_module(module)
-    print([name for name in ("transformers", "diffusers", "torchaudio", "av", "mediapipe") if name in sys.modules], time.monotonic() - start < 2)
+    print([name for name in ("transformers", "diffusers", "torchaudio", "av", "mediapipe") if name in sys.modules], time.process_time() - start < 2)
 """
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == "[] True"
 
@@ -623,6 +623,7 @@ def test_success_and_errors_take_them_off_too(clip, denoise, parts, pack):
 def test_room_is_made_before_and_vaes_leave_the_device(parts, pack, monkeypatch, cancel_after, run, clip, denoise):
     """Places as a GPU host would see them: each part is moved there after room was made, and back however it ends."""
     events = []
+    monkeypatch.setattr(parts.text, "cache", None)  # a prompt that is known needs no room
     monkeypatch.setattr(sys.modules["comfy.model_management"], "free_memory", lambda need, device: events.append(("room", need > 0)))
     monkeypatch.setattr(sys.modules["comfy.model_management"], "vae_device", lambda: torch.device("cpu", 0))
     for socket in (parts.video_vae, parts.audio_vae):
