@@ -48,16 +48,19 @@ def read_video(path: str | Path) -> Clip:
         return Clip(frames, F.pad(join_sound(pieces, sounds[0]), (late, 0)), float(rate), sounds[0].rate, metadata)
 
 
-def read_audio(path: str | Path) -> tuple[torch.Tensor, int]:
-    """The sound of any file that has one: (waveform [C,S] float32, sample rate). MediaError."""
+def read_audio(path: str | Path, seconds: float | None = None) -> tuple[torch.Tensor, int]:
+    """The sound of any file that has one, or its first `seconds`: (waveform [C,S] float32, sample rate). MediaError."""
     with open_media(path) as container:
         if not container.streams.audio:
             raise MediaError(f"{path} has no sound in it: a sound file, or a film with sound, is needed.")
         stream = container.streams.audio[0]
         resampler = sound_converter(stream)
-        pieces = []
+        pieces, read, wanted = [], 0, None if seconds is None else round(seconds * stream.rate)
         for frame in container.decode(stream):
             pieces += to_tensors(resampler.resample(frame))
+            read += frame.samples
+            if wanted is not None and read >= wanted:
+                return torch.cat(pieces, dim=1)[:, :wanted], stream.rate
         if not pieces:
             raise MediaError(f"{path} has a sound stream without a single sample: it is empty or damaged; export it again.")
         waveform = join_sound(pieces, stream)
