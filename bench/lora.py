@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 import mova
 from mova.denoiser import Denoiser, JointRun, StepTimes
-from mova.lora_deltas import Change, Delta, merge
+from mova.lora.deltas import Change, Delta, merge
 from mova.sampler import choose_guidance
 
 from . import mid_model

@@ -24,7 +24,7 @@ from .errors import CheckpointError, InputError, SamplingError
 from .fp8 import check_stored, fixed_dtypes, follow_config
 from .layers import Block, TextKeys
 from .lora import LoadedLora, Lora, load_lora
-from .lora_stack import stack_changes
+from .lora.stack import stack_changes
 from .parts import EXPERTS, FOLDERS, Layer, Parts
 from .residency import Report, Residency
 from .schedule import ScheduleConfig

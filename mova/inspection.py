@@ -17,8 +17,8 @@ from .bridge import Bridge, BridgeConfig
 from .checkpoint import Component, TensorEntry, compare_tensors, open_component, open_safetensors, read_config, read_header, read_json
 from .errors import CheckpointError, InputError
 from .fp8 import follow_config
-from .lora_files import NAMES, find_file, holds_lora, is_archive
-from .lora_inspection import explain_lora
+from .lora.files import NAMES, find_file, holds_lora, is_archive
+from .lora.inspection import explain_lora
 from .parts import FOLDERS
 from .schedule import ScheduleConfig
 from .text import read_tokenizer

@@ -6,7 +6,7 @@ views     on the CPU, in the stored dtype: parameters are views of the mapped fi
 resident  every layer of the active expert has a slab of its own;
 stream    some layers (evenly spread, as many as fit) have a slab of their own, the others take turns in a few.
 Both experts use the same slabs, and the switch between them is only the next entry of the plan.
-LoRAs are added to a layer when a slab is filled with it (mova.lora_stack), so with them there are slabs on the CPU, too.
+LoRAs are added to a layer when a slab is filled with it (mova.lora.stack), so with them there are slabs on the CPU, too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .cards import DISK, PAGE_CACHE
 from .errors import InputError
 from .fp8 import QuantizedLinear
 from .lora import Changes
-from .lora_stack import LayerChanges, adapt_layer, adapt_tensors, list_factors
+from .lora.stack import LayerChanges, adapt_layer, adapt_tensors, list_factors
 from .parts import EXPERTS, LAYERS, Layer, Parts, is_text_key, pick_layer
 from .reading import Source
 from .slabs import Feeder, Key, Layout, Link, Slab, Traffic, Turn

@@ -20,9 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .checkpoint import open_component, weight_files
-from .denoiser import FOLDERS, Denoiser
+from .denoiser import Denoiser
 from .errors import InputError, MediaError
 from .media import new_file
+from .parts import FOLDERS
 
 log = logging.getLogger("mova")
 

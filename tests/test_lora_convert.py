@@ -14,8 +14,8 @@ from mova import LoraError
 from mova.__main__ import main
 from mova.inspection import released_shapes
 from mova.lora import load_lora, parse_lora
-from mova.lora_convert import convert_lora
-from mova.lora_deltas import merge
+from mova.lora.convert import convert_lora
+from mova.lora.deltas import merge
 from mova.media_reading import read_metadata
 
 LAYER = "blocks.0.ffn.0"
@@ -125,7 +125,7 @@ def test_nothing_is_overwritten_or_left_half_written(tmp_path, released, monkeyp
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mova.lora_convert.save_file", cut)
+    monkeypatch.setattr("mova.lora.convert.save_file", cut)
     with pytest.raises(LoraError, match="No space left"):
         convert_lora(source, tmp_path / "b.safetensors", released)
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]

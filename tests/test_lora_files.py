@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import mova
 from mova import LoraError
 from mova.lora import load_lora
-from mova.lora_deltas import Change, merge
+from mova.lora.deltas import Change, merge
 
 LAYER = "blocks.0.ffn.0"  # [176, 80] in the small model
 
@@ -87,7 +87,7 @@ def test_kinds(write, shapes, kind, dtype, monkeypatch):
     found = load(write(tensors | alpha), shapes)
     weight = draw(176, 80).to(dtype)
     expected = (weight.float() + (1.5 / rank if rank else 1.0) * formula(tensors)).to(dtype)
-    monkeypatch.setattr("mova.lora_deltas.PIECE", {"cpu": 80 * 13})  # rows in pieces that divide nothing
+    monkeypatch.setattr("mova.lora.deltas.PIECE", {"cpu": 80 * 13})  # rows in pieces that divide nothing
     assert torch.allclose(changed(found, weight).float(), expected.float(), rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
     assert (changed(found, weight) == expected).float().mean() > (0.0 if dtype == torch.float32 else 0.999)
     half = load(write(tensors | alpha), shapes, video_high=-0.5)

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 import mova
 from mova import LoraError
 from mova.lora import load_lora
-from mova.lora_keys import in_diffusers
+from mova.lora.keys import in_diffusers
 
 PEFT = ("lora_A.weight", "lora_B.weight")
 KOHYA = ("lora_down.weight", "lora_up.weight")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from .errors import LoraError
-from .lora_adapters import Adapter
-from .lora_deltas import Delta
-from .lora_files import LoraFile
-from .lora_keys import SECOND, LayerNames, guess_family, name_layers, split_path
-from .lora_report import TOWERS, guess_expert, made_for_sound
+from ..errors import LoraError
+from .adapters import Adapter
+from .deltas import Delta
+from .files import LoraFile
+from .keys import SECOND, LayerNames, guess_family, name_layers, split_path
+from .report import TOWERS, guess_expert, made_for_sound
 
 PARTS = ("high", "low", "audio", "bridge")
 CHOICES = ("auto", "high", "low", "both", "audio")  # where a file goes that names no tower

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from .errors import LoraError
-from .lora_deltas import KINDS, Delta
-from .lora_files import LoraFile
-from .lora_keys import split_key, unread_kind
+from ..errors import LoraError
+from .deltas import KINDS, Delta
+from .files import LoraFile
+from .keys import split_key, unread_kind
 
 # What the tensors of a kind are called in split keys -> their role in a delta.
 WANTED = {

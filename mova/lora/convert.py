@@ -15,13 +15,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import LoraError
-from .lora_adapters import Adapter, read_adapter, split_layers
-from .lora_files import ADAPTER_METADATA, LoraFile, read_lora_file
-from .lora_keys import SECOND, LayerNames, name_layers, split_path
-from .lora_places import Shapes, refuse_file
-from .lora_report import EXPERT_METADATA, TRIGGERS, guess_expert, trigger_words
-from .parts import FOLDERS
+from ..errors import LoraError
+from ..parts import FOLDERS
+from .adapters import Adapter, read_adapter, split_layers
+from .files import ADAPTER_METADATA, LoraFile, read_lora_file
+from .keys import SECOND, LayerNames, name_layers, split_path
+from .places import Shapes, refuse_file
+from .report import EXPERT_METADATA, TRIGGERS, guess_expert, trigger_words
 
 PREFIX = "diffusion_model"
 # Role of a tensor -> how its key ends.

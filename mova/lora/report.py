@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from .lora_files import LoraFile
+from .files import LoraFile
 
 TOWERS = {"high": "video high", "low": "video low", "audio": "audio", "bridge": "bridge"}
 SHOWN = 3  # unmatched keys that are named

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import LoraError
-from .lora import Lora, match_lora
-from .lora_adapters import list_kinds, list_ranks, read_adapters
-from .lora_files import read_lora_file
-from .lora_keys import split_path
-from .lora_places import Shapes, name_family
-from .lora_report import show_range
+from ..errors import LoraError
+from .adapters import list_kinds, list_ranks, read_adapters
+from .files import read_lora_file
+from .keys import split_path
+from .matching import Lora, match_lora
+from .places import Shapes, name_family
+from .report import show_range
 
 COMPONENTS = {"high": "video_dit", "low": "video_dit_2", "audio": "audio_dit", "bridge": "dual_tower_bridge", "expert": "a video expert"}
 

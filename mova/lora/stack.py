@@ -12,10 +12,10 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from .fp8 import FP8, Side
-from .lora import Changes, LoadedLora
-from .lora_deltas import Change, Roles, merge, sum_changes
-from .reading import Held
+from ..fp8 import FP8, Side
+from ..reading import Held
+from .deltas import Change, Roles, merge, sum_changes
+from .matching import Changes, LoadedLora
 
 LayerChanges = Mapping[str, list[Change]]  # of one layer, by the name a tensor has in a slab
 

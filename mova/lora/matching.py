@@ -1,6 +1,6 @@
 """LoRAs: which file, how loud in which tower, and what of it fits the model (spec/mova.md 0.4, 7).
 
-Base weights are never touched: changes are added where weights arrive to be computed with (mova.lora_stack).
+Base weights are never touched: changes are added where weights arrive to be computed with (mova.lora.stack).
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import LoraError
-from .lora_adapters import Adapter, list_kinds, list_ranks, read_adapters
-from .lora_deltas import Change
-from .lora_files import LoraFile, read_lora_file
-from .lora_places import CHOICES, PARTS, Places, Shapes, refuse_file
-from .lora_report import LoraReport, trigger_words
+from ..errors import LoraError
+from .adapters import Adapter, list_kinds, list_ranks, read_adapters
+from .deltas import Change
+from .files import LoraFile, read_lora_file
+from .places import CHOICES, PARTS, Places, Shapes, refuse_file
+from .report import LoraReport, trigger_words
 
 Changes = dict[str, dict[str, list[Change]]]  # of every tensor, by part and name
 

@@ -18,10 +18,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .checkpoint import diagnose_file, open_safetensors, read_header, read_json
-from .errors import CheckpointError, LoraError
-from .lora_keys import split_key, unread_kind
-from .reading import TORCH_DTYPES
+from ..checkpoint import diagnose_file, open_safetensors, read_header, read_json
+from ..errors import CheckpointError, LoraError
+from ..reading import TORCH_DTYPES
+from .keys import split_key, unread_kind
 
 ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 # What a folder's weights are called, the first that is there counts; else its only file.
