@@ -93,12 +93,66 @@ def from_core(canvas: Image.Image) -> Image.Image:
     return canvas
 
 
+def from_tags(canvas: Image.Image) -> Image.Image:
+    draw_wave(canvas, 104, 96)
+    draw = ImageDraw.Draw(canvas)
+    heard = {"Waves": (30, 400, ACCENT), "Seagulls": (250, 330, ACCENT), "Music": (150, 210, (226, 84, 92))}
+    for row, (name, (start, end, colour)) in enumerate(heard.items()):
+        y = 176 + row * 58
+        draw.rounded_rectangle((24, y, SIDE - 24, y + 48), 8, fill=(44, 42, 62))
+        draw.rounded_rectangle((24 + start, y, 24 + end, y + 48), 8, fill=colour)
+        draw.text((38, y + 24), name, INK, font(28), anchor="lm", stroke_width=3, stroke_fill=NIGHT)
+    return canvas
+
+
+def from_idea(canvas: Image.Image) -> Image.Image:
+    """A line, an arrow, and the paragraphs it becomes, the last one about sound."""
+    draw = ImageDraw.Draw(canvas)
+    draw.rounded_rectangle((36, 84, 304, 138), 12, fill=(44, 42, 62))  # below the browser's badge
+    draw.text((54, 111), '"She says hello."', INK, font(28), anchor="lm")
+    draw.polygon([(340, 98), (340, 124), (372, 111)], fill=ACCENT)
+    for y, width in ((168, 408), (194, 396), (220, 330), (264, 400), (290, 250)):
+        draw.rounded_rectangle((36, y, 36 + width, y + 14), 7, fill=INK if y < 264 else (120, 120, 140))
+    draw_wave(canvas, 334, 40, right=330)
+    return canvas
+
+
+def from_takes(canvas: Image.Image) -> Image.Image:
+    """Four takes, the best one framed."""
+    draw = ImageDraw.Draw(canvas)
+    for take, centre in enumerate((0.80, 0.86, 0.90, 0.94)):
+        x, y = 24 + take % 2 * 222, 30 + take // 2 * 168
+        shown = photo((210, 152), (centre, 0.4))
+        canvas.paste(shown if take == 1 else ImageEnhance.Brightness(shown).enhance(0.5), (x, y))
+        if take == 1:
+            draw.rectangle((x - 4, y - 4, x + 213, y + 155), outline=ACCENT, width=6)
+            draw.line([(x + 150, y + 114), (x + 168, y + 134), (x + 198, y + 92)], ACCENT, 12, joint="curve")
+    return canvas
+
+
+def from_loras(canvas: Image.Image) -> Image.Image:
+    """The model and what is put on top of it, one after the other."""
+    canvas.paste(ImageEnhance.Brightness(photo((SIDE, SIDE), (0.86, 0.5))).enhance(0.45))
+    draw = ImageDraw.Draw(canvas)
+    for step, name in enumerate(("MOVA", "my style", "my voice")):  # below the browser's badge
+        x, y = 28 + step * 118, 70 + step * 98
+        if step:
+            draw.line([(x - 58, y - 14), (x - 58, y + 42), (x, y + 42)], ACCENT, 5, joint="curve")
+        draw.rounded_rectangle((x, y, x + 188, y + 84), 12, fill=(53, 53, 60), outline=ACCENT if step else (120, 120, 130), width=3)
+        draw.text((x + 94, y + 42), name, INK, font(30), anchor="mm")
+    return canvas
+
+
 PICTURES: dict[str, tuple[Draw, str, str]] = {
     "mova_image_to_video_audio": (from_picture, "Picture to film", "with voice, music and effects"),
     "mova_text_to_video_audio": (from_text, "Prompt to film", "picture and sound from text alone"),
     "mova_first_last_frame": (from_two, "First to last picture", "everything between, with sound"),
     "mova_audio_driven": (from_sound, "Your voice, MOVA's picture", "lips and gestures follow"),
     "mova_resound": (from_film, "New sound for a film", "its picture stays as it is"),
+    "mova_best_of_n": (from_takes, "Several takes, the best", "lips and sound are checked"),
+    "mova_prompt_enhancer": (from_idea, "Idea to prompt to film", "a line becomes the whole scene"),
+    "mova_lora": (from_loras, "With your LoRAs", "a style here, a voice there"),
+    "cat_sound_check": (from_tags, "Is it the right sound?", "heard, missing, unwanted"),
     "mova_core_nodes": (from_core, "With Wan's own files", "core text encoder and VAE"),
 }
 

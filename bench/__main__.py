@@ -15,6 +15,10 @@ RUNS = {
     "memory": ("bench.memory",),
     "step_float32": ("bench.step", "--dtype", "float32"),
     "step_bfloat16": ("bench.step", "--dtype", "bfloat16"),
+    "lora": ("bench.lora", "--dtype", "bfloat16", "--repeats", "3"),
+    "syncnet": ("bench.syncnet",),
+    "lipsync": ("bench.lipsync",),
+    "ear": ("bench.ear",),
 }
 
 

@@ -2,11 +2,14 @@
 
 from .audio_vae import AudioVAE, load_audio_vae
 from .denoiser import Denoiser, load_denoiser
-from .errors import CheckpointError, InputError, LoraError, MediaError, MovaError, SamplingError
+from .errors import CheckpointError, InputError, LoraError, MediaError, MovaError, PromptError, SamplingError
 from .image import check_size, fit_image, image_condition, open_image, snap_length, snap_size
+from .lora import Lora
 from .media import Clip, write_audio, write_clip
 from .media_reading import read_audio, read_metadata, read_video
 from .pipeline import NEGATIVE_PROMPT, Pipeline, load_pipeline
+from .prompt import enhance_prompt
+from .resume import Resume
 from .sampler import Step, sample
 from .text import TextEncoder, load_text_encoder
 from .video_vae import VideoVAE, load_video_vae
@@ -18,15 +21,19 @@ __all__ = [
     "Clip",
     "Denoiser",
     "InputError",
+    "Lora",
     "LoraError",
     "MediaError",
     "MovaError",
     "Pipeline",
+    "PromptError",
+    "Resume",
     "SamplingError",
     "Step",
     "TextEncoder",
     "VideoVAE",
     "check_size",
+    "enhance_prompt",
     "fit_image",
     "image_condition",
     "load_audio_vae",

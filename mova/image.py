@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,13 +46,31 @@ IMPOSTORS = (
 
 def open_image(path: str | Path) -> torch.Tensor:
     """A picture file as [H,W,3] float32 in 0..1, upright (EXIF), transparent parts over white. MediaError when it is no readable picture."""
+    with opened_picture(path) as image:
+        image.load()
+        return picture_tensor(ImageOps.exif_transpose(image))
+
+
+def open_reduced(path: str | Path, side: int) -> torch.Tensor:
+    """As `open_image`, a larger picture thinned out to about `side` px: it never lies in memory in full size as floats, a JPEG not even as bytes."""
+    with opened_picture(path) as image:
+        image.draft("RGB", (side, side))
+        scale = max(1, max(image.size) // side)
+        small = image.resize((max(1, image.width // scale), max(1, image.height // scale)), Image.Resampling.NEAREST)
+        small.info, exif = image.info, image.getexif()
+        small.getexif().update(exif)
+        return picture_tensor(ImageOps.exif_transpose(small))
+
+
+@contextmanager
+def opened_picture(path: str | Path) -> Iterator[Image.Image]:
+    """A picture file, not decoded yet. MediaError for whatever goes wrong while the block reads it."""
     file = Path(path)
     if not file.is_file():
         raise MediaError(f"{file} is {'a folder' if file.is_dir() else 'not there'}: give the path of a picture (PNG, JPEG, WebP, ...).")
     try:
         with Image.open(file) as image:
-            image.load()
-            return picture_tensor(ImageOps.exif_transpose(image))
+            yield image
     except UnidentifiedImageError:
         raise MediaError(f"{file} is {diagnose_file(file)}: give a picture (PNG, JPEG, WebP, ...).") from None
     except Image.DecompressionBombError:

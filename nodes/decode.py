@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from comfy_api.latest import io
+from torch import Tensor
 
 from . import host, sockets
 
@@ -32,13 +33,7 @@ class MOVADecodeVideo(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples: sockets.Latent, vae: Any, tiling: str) -> io.NodeOutput:
-        sockets.check_video_vae(vae)
-        latents = sockets.decodable(samples, 0)
-        if isinstance(vae, host.VideoVAESocket):
-            film = vae.decode(latents, tiling)
-        else:
-            film = vae.decode_tiled(latents) if tiling == "on" else vae.decode(latents)
-        return io.NodeOutput(film.flatten(0, -4))  # [B, F, H, W, 3] -> [B*F, H, W, 3]
+        return io.NodeOutput(decode_video(sockets.decodable(samples, 0), vae, tiling))
 
 
 class MOVADecodeAudio(io.ComfyNode):
@@ -59,6 +54,20 @@ class MOVADecodeAudio(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples: sockets.Latent, vae: Any) -> io.NodeOutput:
-        sockets.check_audio_vae(vae)
-        waveform = vae.decode(sockets.decodable(samples, -1)).movedim(-1, 1)  # [B, S, C] -> [B, C, S]
-        return io.NodeOutput({"waveform": waveform, "sample_rate": vae.audio_sample_rate})
+        return io.NodeOutput(decode_audio(sockets.decodable(samples, -1), vae))
+
+
+def decode_video(latents: Tensor, vae: Any, tiling: str = "auto") -> Tensor:
+    """[B, 16, T, h, w] by our VAE or core's -> [B*F, H, W, 3] in 0..1."""
+    sockets.check_video_vae(vae)
+    if isinstance(vae, host.VideoVAESocket):
+        film = vae.decode(latents, tiling)
+    else:
+        film = vae.decode_tiled(latents) if tiling == "on" else vae.decode(latents)
+    return film.flatten(0, -4)
+
+
+def decode_audio(latents: Tensor, vae: Any) -> dict[str, Any]:
+    """[B, Ca, Ta] -> AUDIO."""
+    sockets.check_audio_vae(vae)
+    return {"waveform": vae.decode(latents).movedim(-1, 1), "sample_rate": vae.audio_sample_rate}  # [B, S, C] -> [B, C, S]

@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from ..mova.denoiser import Denoiser
 from ..mova.errors import InputError
 from ..mova.pipeline import draw_noise
+from ..mova.resume import Resume
 from ..mova.sampler import Guidance, sample
 from ..mova.schedule import MAX_STEPS, SCHEDULES
 from ..mova.video_vae import open_latent_space
@@ -84,6 +85,15 @@ class MOVADenoise(io.ComfyNode):
                     advanced=True,
                     tooltip="Share of the noise to start with, 0.01 to 1. 1 = a new clip; below 1 the given video and audio are changed that far.",
                 ),
+                io.Int.Input(
+                    "keep_every",
+                    default=0,
+                    min=0,
+                    max=MAX_STEPS,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Steps, 1 to 1000, between two copies of an unfinished run on disk; queued again with the same settings, it goes on from there. 0 = none is kept.",
+                ),
             ],
             outputs=[io.Latent.Output(display_name="video"), io.Latent.Output(display_name="audio")],
         )
@@ -98,6 +108,7 @@ class MOVADenoise(io.ComfyNode):
         seed: int,
         denoise: float,
         audio: sockets.Latent | None = None,
+        keep_every: int = 0,
         **settings: Any,  # the other widgets, which are called as `mova.sample` calls them
     ) -> io.NodeOutput:
         settings |= {name: settings[name] or None for name in ZERO_IS_OWN}
@@ -119,8 +130,9 @@ class MOVADenoise(io.ComfyNode):
         progress = host.SamplingProgress(settings["steps"], model.device)
         callbacks = {"on_step": progress.on_step, "on_layer": progress.on_layer}
         prompts = {"context": context, "negative_context": negative_context, "condition": condition, "fps": fps}
+        resume = Resume(host.kept_runs(), keep_every) if keep_every else None
         try:
-            made_video, made_audio = sample(model, denoise=denoise, **settings, **prompts, **noises, **starts, **masks, **callbacks)
+            made_video, made_audio = sample(model, denoise=denoise, **settings, **prompts, **noises, **starts, **masks, **callbacks, resume=resume)
         finally:
             model.release()
         device = host.intermediate_device()

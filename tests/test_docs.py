@@ -58,7 +58,7 @@ def read_json(path):
 # ---------------------------------------------------------------- help pages
 
 PAGES = sorted((ROOT / "web" / "docs").rglob("*.md"))
-SOURCES = "".join(file.read_text(encoding="utf-8") for folder in ("mova", "nodes") for file in sorted((ROOT / folder).glob("*.py")))
+SOURCES = "".join(file.read_text(encoding="utf-8") for folder in ("mova", "nodes", "cat_encoder") for file in sorted((ROOT / folder).rglob("*.py")))
 
 
 def page_paths(node_id):

@@ -23,6 +23,7 @@ if not CHECKOUTS:
     pytest.skip(NO_HOST, allow_module_level=True)
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+FILMS = [path for path in WORKFLOWS if '"CreateVideo"' in path.read_text(encoding="utf-8")]
 OURS = next(iter(PACKS))
 OUR_NODES = own_nodes(NEWEST).keys()
 NEEDS_CANVAS = pytest.mark.skipif(not (find_spec("playwright") and find_chromium()), reason="no playwright or no Chromium: the page cannot be opened")
@@ -63,7 +64,7 @@ def test_help_pages_and_pictures_are_served(server):  # noqa: F811
 
 
 @NEEDS_CANVAS
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILMS, ids=lambda path: path.stem)
 def test_workflow_runs_from_the_run_button(server, path):  # noqa: F811
     """Opened in the real page at small sizes, run, saved as an mp4 with sound, which the page plays."""
     already = set((server.folder / "output").rglob("*.mp4"))
@@ -79,6 +80,16 @@ def test_workflow_runs_from_the_run_button(server, path):  # noqa: F811
     assert film_.frames.shape[0] == 17 and sound.shape[-1] / rate > 0.5
     (video,) = [player for player in ended.players if player["kind"] == "video"]
     assert video["error"] is None and video["at"] > 0 and video["width"] == 64 and video["sound"] > 0
+
+
+@NEEDS_CANVAS
+def test_the_sound_check_runs_from_the_run_button(server):  # noqa: F811
+    with open_canvas(server.url) as canvas:
+        path = ROOT / "workflows" / "cat_sound_check.json"
+        opened = canvas.open(path.name, json.loads(path.read_text(encoding="utf-8")))
+        assert opened.complaints == []
+        ended = canvas.run()
+    assert (ended.end, ended.error, ended.reply.get("node_errors")) == ("execution_success", "", {}), ended
 
 
 # ---------------------------------------------------------------- what runs again

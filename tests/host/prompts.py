@@ -13,6 +13,8 @@ PICTURE = "mova_demo.jpg"
 SMALL = {
     "MOVAImageToVideoAudio": {0: "custom", 1: 64, 2: 48, 3: 17},
     "MOVADenoise": {2: 2},
+    "MOVASeeds": {2: 2},
+    "MOVAPickBestTake": {2: "none"},
     "MOVAEncodeAudio": {0: 17},
     "PrimitiveInt": {0: 17},
     "ImageScaleToTotalPixels": {1: 0.01},

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONTRACTS = ROOT / "tests" / "contracts"
 PACK = "mova-studio"
 MODEL = "MOVA-360p"  # the checkpoint that the shipped workflows name
+EAR = "SSLAM_AS2M_Finetuned/model.safetensors"  # and the audio encoder
 TEXTS = {"tooltip", "description", "output_tooltips", "search_aliases", "help", "price_badge", "essentials_category"}
 INPUT_FILES = ("LoadImage", "LoadAudio", "LoadVideo")  # nodes whose first widget is a file in input/
 PAGE_ONLY = ("Note", "MarkdownNote", "Reroute", "PrimitiveNode")
@@ -41,7 +42,11 @@ def model_hints() -> Iterator[dict[str, str]]:
 
 def place_files(folder: Path) -> None:
     """Empty files under the names that the workflows choose, so that each list offers those and no others."""
-    wanted = [f"models/mova/{MODEL}/model_index.json", *(f"models/{hint['directory']}/{hint['name']}" for hint in model_hints())]
+    wanted = [
+        f"models/mova/{MODEL}/model_index.json",
+        f"models/audio_encoders/{EAR}",
+        *(f"models/{hint['directory']}/{hint['name']}" for hint in model_hints()),
+    ]
     for node in saved_nodes():
         wanted += [f"input/{node['widgets_values'][0]}"] if node["type"] in INPUT_FILES else []
     for name in wanted:

@@ -11,10 +11,11 @@ import pytest
 import torch
 from canvas.recorded import find_frontend
 
+from cat_encoder import write_demo_encoder
 from mova.demo_model import write_demo_model
 from mova.media import Clip, write_audio
 
-from .record import INPUT_FILES, MODEL, ROOT, saved_nodes
+from .record import EAR, INPUT_FILES, MODEL, ROOT, saved_nodes
 from .server import CHECKOUTS, Server, serve
 
 PACKS = {"other_name.v2": ROOT, "host_tests": ROOT / "tests" / "host_pack"}  # the pack works under any folder name
@@ -22,9 +23,10 @@ NO_HOST = "no real ComfyUI: set COMFYUI_PATH to a checkout, or to several"
 
 
 def prepare(folder: Path) -> Path:
-    """A small model under the name that the workflows have, and the files that they load."""
+    """A small model and encoder under the names that the workflows have, and the files that they load."""
     (folder / "models" / "mova").mkdir(parents=True)
     write_demo_model(folder / "models" / "mova" / MODEL)
+    write_demo_encoder(folder / "models" / "audio_encoders" / EAR)
     (folder / "input").mkdir()
     shutil.copy(ROOT / "assets" / "demo.jpg", folder / "input" / "mova_demo.jpg")
     sound = 0.1 * torch.sin(torch.arange(48000) / 20)[None]
