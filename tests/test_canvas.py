@@ -21,7 +21,7 @@ WORKFLOWS, BLUEPRINTS = (sorted((ROOT / folder).glob("*.json")) for folder in ("
 PAGES = {OLDEST: (OLDEST, read_contract(OLDEST)["frontend"]), NEWEST: (NEWEST, None)}  # the oldest with its own page, the newest with the installed one
 DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", DYNAMIC)
-PLAYER = "audioUI"  # the page sends the state of its player along
+PAGE_WIDGETS = ("audioUI", "preview", "previewMode")  # what the page sends along of its players and text previews
 DRAW = "python -m tests.canvas.pictures"
 
 
@@ -55,13 +55,13 @@ def as_schemas(contract):
 
 
 def as_inputs(node):
-    for group, inputs in node["input"].items():
+    for group in ("required", "optional"):
         for name in node["input_order"].get(group, []):
-            kind, settings = inputs[name][0], (inputs[name][1:] or [{}])[0]
+            kind, settings = node["input"][group][name][0], (node["input"][group][name][1:] or [{}])[0]
             options = kind if isinstance(kind, list) else settings.get("options")
             kind = "COMBO" if isinstance(kind, list) else kind
             known = {key: settings.get(key) for key in ("default", "min", "control_after_generate")}
-            yield SimpleNamespace(id=name, io_type=kind, optional=group == "optional", is_widget=kind in WIDGETS, options=options, **known)
+            yield SimpleNamespace(id=name, io_type=kind, optional=group == "optional", is_widget=kind in WIDGETS and not settings.get("forceInput"), options=options, **known)
 
 
 def comparable(prompt, schemas):
@@ -70,7 +70,7 @@ def comparable(prompt, schemas):
     for key, node in prompt.items():
         kinds = [(item.id, item.io_type) for item in schemas[node["class_type"]].inputs]
         unfolded = {name for at, (name, _) in enumerate(kinds) if any(kind == DYNAMIC for _, kind in kinds[:at])}
-        result[key] = node["class_type"], {name: value for name, value in node["inputs"].items() if "." not in name and name not in {*unfolded, PLAYER}}
+        result[key] = node["class_type"], {name: value for name, value in node["inputs"].items() if "." not in name and name not in {*unfolded, *PAGE_WIDGETS}}
     return result
 
 

@@ -1,11 +1,13 @@
 """What the nodes declare is what real ComfyUI servers recorded (tests/contracts): ids, types and the order of inputs never change, they only grow."""
 
 import json
+from pathlib import PurePosixPath
 from types import SimpleNamespace
 
 import pytest
 from canvas.contract import CONTRACTS, own_nodes
 from conftest import ROOT
+from host.record import place_files
 
 from headless.host import installed
 from headless.runner import loaded_pack
@@ -16,10 +18,9 @@ RECORD = "record it: COMFYUI_PATH=CHECKOUT python -m tests.host.record"
 @pytest.fixture(scope="module")
 def declared(tmp_path_factory):
     """Our nodes' schemas as the code declares them now, by id."""
-    models = tmp_path_factory.mktemp("models")
-    (models / "mova" / "MOVA-360p").mkdir(parents=True)
-    (models / "mova" / "MOVA-360p" / "model_index.json").touch()
-    with installed(models, models, models), loaded_pack(ROOT) as nodes:
+    folder = tmp_path_factory.mktemp("comfyui")
+    place_files(folder)
+    with installed(folder / "models", folder, folder), loaded_pack(ROOT) as nodes:
         yield {name: node.SCHEMA for name, node in nodes.items() if ".headless." not in node.__module__}
 
 
@@ -65,7 +66,7 @@ def test_contracts_are_small_and_the_same_on_every_machine():
     assert list(CONTRACTS)[0] == "0.12.2", "the oldest supported version is missing"
     for path in CONTRACTS.values():
         text = path.read_text(encoding="utf-8")
-        assert len(text) < 200_000 and "tooltip" not in text and "/" not in "".join(find_choices(json.loads(text))), path.name
+        assert len(text) < 200_000 and "tooltip" not in text and not any(PurePosixPath(choice).is_absolute() for choice in find_choices(json.loads(text))), path.name
 
 
 def find_choices(value):

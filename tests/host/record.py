@@ -21,6 +21,7 @@ MODEL = "MOVA-360p"  # the checkpoint that the shipped workflows name
 EAR = "SSLAM_AS2M_Finetuned/model.safetensors"  # and the audio encoder
 TEXTS = {"tooltip", "description", "output_tooltips", "search_aliases", "help", "price_badge", "essentials_category"}
 INPUT_FILES = ("LoadImage", "LoadAudio", "LoadVideo")  # nodes whose first widget is a file in input/
+FILES = {**dict.fromkeys(INPUT_FILES, "input"), "MOVALoadLora": "models/loras"}  # where the file of a node's first widget lies
 PAGE_ONLY = ("Note", "MarkdownNote", "Reroute", "PrimitiveNode")
 
 
@@ -48,7 +49,8 @@ def place_files(folder: Path) -> None:
         *(f"models/{hint['directory']}/{hint['name']}" for hint in model_hints()),
     ]
     for node in saved_nodes():
-        wanted += [f"input/{node['widgets_values'][0]}"] if node["type"] in INPUT_FILES else []
+        if node["type"] in FILES:
+            wanted.append(f"{FILES[node['type']]}/{node['widgets_values'][0]}")
     for name in wanted:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
