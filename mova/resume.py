@@ -121,13 +121,15 @@ def open_run(resume: Resume | None, denoiser: Denoiser, settings: Mapping[str, A
         if not resume.path.absolute().parent.is_dir():
             raise InputError(f"The run cannot be kept in {resume.path}: the folder {resume.path.absolute().parent} does not exist.")
         return KeptRun(resume.path, resume.every, identity)
-    remove_oldest(resume.path)
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-    return KeptRun(resume.path / f"{name}.safetensors", resume.every, identity)
+    file = resume.path / f"{name}.safetensors"
+    remove_oldest(resume.path, file)
+    return KeptRun(file, resume.every, identity)
 
 
-def remove_oldest(folder: Path) -> None:
-    files = sorted(folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
+def remove_oldest(folder: Path, wanted: Path) -> None:
+    """Leaves room for the wanted file among the newest."""
+    files = sorted(set(folder.glob("*.safetensors")) - {wanted}, key=lambda file: file.stat().st_mtime_ns)
     for file in files[: 1 - KEPT_RUNS]:
         file.unlink(missing_ok=True)
 

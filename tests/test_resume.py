@@ -163,6 +163,11 @@ def test_a_folder_keeps_the_newest(denoiser, loop, tmp_path):
         os.utime(tmp_path / f"{number}.safetensors", (number, number))
     with pytest.raises(Stopped):
         mova.sample(denoiser, **loop, resume=Resume(tmp_path, 1), on_step=stop_behind(0))
+    (own,) = {file for file in tmp_path.iterdir() if not file.stem.isdigit()}
+    os.utime(own, (0, 0))
+    _, seen = steps_of(lambda on_step: mova.sample(denoiser, **loop, resume=Resume(tmp_path, 1), on_step=on_step))
+    assert seen == [1, 2, 3], "the oldest of all, but the one that is wanted"
+    own.touch()
     names = {file.name for file in tmp_path.iterdir()}
     assert len(names) == KEPT_RUNS and "3.safetensors" not in names and f"{KEPT_RUNS + 2}.safetensors" in names
 

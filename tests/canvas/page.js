@@ -49,7 +49,7 @@ window.__tests = {
   async show(type, values) {
     const graph = this.graph(), canvas = window.app.canvas, node = window.LiteGraph.createNode(type);
     graph.clear();
-    node.id = 1000;  // none that a workflow opened before has given a picture
+    node.id = this.shown = (this.shown || 1000) + 1;  // none that was there before: the page keeps pictures and values of widgets by it
     graph.add(node);
     for (const widget of node.widgets || []) if (widget.name in values) widget.value = values[widget.name];
     const [width, height] = node.computeSize();
