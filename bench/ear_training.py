@@ -28,8 +28,7 @@ from cat_encoder.training.probe import READINGS, probe_accuracy
 from cat_encoder.training.run import Run, RunSettings, Step, train
 from cat_encoder.training.teacher import DecaySchedule
 
-from .ear_sounds import FRAMES, KINDS, MovementEncoder, SoundShelf, labelled
-from .step import describe_machine
+from .ear_sounds import FRAMES, KINDS, MovementEncoder, clips_of, labelled, read_made
 
 ARCHITECTURE = cat_architecture(4, channels=(16,), width=32, depth=2, heads=4, position_rows=FRAMES // 16)
 MARKS = {"half": 0.5, "three_quarters": 0.75, "whole": 1.0}
@@ -40,13 +39,14 @@ COLOURS = {"with": (200, 60, 40), "without": (50, 90, 170)}
 
 def open_run(folder: Path, *, updates: int, seed: int, external: MovementEncoder | None, batch: int = 32, clips: int = 3000) -> Run:
     """A run of the tiny encoder; half the cells are hidden, and the errors of whole clips count less than in the recipe."""
-    shelf = SoundShelf(clips)
     settings = PretrainSettings(
         frames=FRAMES, clones=1, mask=MaskPlan(0.5, 0.07, 2), decoder=DecoderShape(32, 2, 3, 8),
         weights=Weights(utterance=0.03, alignment=0.2), ema=DecaySchedule(0.99, 0.999, max(updates // 2, 1)),
     )  # fmt: skip
     run = RunSettings(updates=updates, warmup=updates // 20, rate=6e-3, batch=batch, seed=seed, save_every=10**9)
-    return open_pretraining(shelf.clips, folder, architecture=ARCHITECTURE, settings=settings, run=run, external=external, read=shelf.read)
+    return open_pretraining(
+        clips_of(range(clips)), folder, architecture=ARCHITECTURE, settings=settings, run=run, external=external, read=read_made, keep=clips
+    )
 
 
 def learn(*, updates: int, seed: int, external: MovementEncoder | None, every: int, **sizes: int) -> dict[str, list]:
@@ -118,6 +118,8 @@ def draw(runs: list[dict[str, dict[str, list]]], reading: str, file: Path) -> No
 
 
 def main() -> None:
+    from .step import describe_machine  # brings mova, which learning does not need
+
     parser = argparse.ArgumentParser(prog="python -m bench.ear_training", description=__doc__.splitlines()[0])
     parser.add_argument("--updates", type=int, default=400)
     parser.add_argument("--every", type=int, default=25, help="updates between probes")

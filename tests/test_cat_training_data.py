@@ -158,6 +158,19 @@ def test_bad_files_are_named_and_replaced(folder, caplog):
         assert sum(words in message for message in caplog.messages) == 1
 
 
+def test_kept_clips_are_read_once():
+    read = []
+
+    def counting(path):
+        read.append(path.stem)
+        return read_tone(path)
+
+    plain, kept = (Sounds(tones(4), reader, 32, shortest=1000, roll=True, keep=keep, workers=1) for reader, keep in ((read_tone, 0), (counting, 3)))
+    for one, other in zip(plain.batches(0, 3, 4), kept.batches(0, 3, 4), strict=True):
+        assert torch.equal(one.mel, other.mel) and all(map(torch.equal, one.waves, other.waves))
+    assert sorted(read.count(str(number)) for number in range(4)) == [1, 1, 1, 3]
+
+
 def test_no_usable_clip_is_a_sentence(folder, tmp_path):
     with pytest.raises(CatError, match="None of the 4 clips can be used. The first: .*10,000 are needed"):
         pretrain(folder, tmp_path / "out", architecture=TINY, settings=SETTINGS, run=RUN)

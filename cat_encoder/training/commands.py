@@ -118,6 +118,7 @@ def add_common(parser: argparse.ArgumentParser, options: tuple[tuple[str, type, 
     parser.add_argument("--tensorboard", action="store_true", default=None, help="curves besides log.csv")
     parser.add_argument("--shortest", type=int, default=10_000, help="samples at 16 kHz a clip must have (10000)")
     parser.add_argument("--workers", type=int, default=2, help="threads that read sounds (2)")
+    parser.add_argument("--keep", type=int, default=0, help="clips kept in memory once read, 1.2 MB each for 10 s (0)")
     parser.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     parser.add_argument("--restart", action="store_true", help="begin anew where an earlier run could go on")
 
@@ -160,7 +161,7 @@ def follow(args: argparse.Namespace, train: Callable[[dict[str, Any]], Path]) ->
             show(step)
             check(step)
 
-        print(train({"shortest": args.shortest, "workers": args.workers, "device": device, "resume": not args.restart, "on_step": on_step}))
+        print(train({"shortest": args.shortest, "workers": args.workers, "keep": args.keep, "device": device, "resume": not args.restart, "on_step": on_step}))
     return 0
 
 

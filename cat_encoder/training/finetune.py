@@ -186,6 +186,7 @@ def finetune(
     read: Reader = read_sound,
     shortest: int = SHORTEST,
     workers: int = 2,
+    keep: int = 0,
     device: str | torch.device = "cpu",
     resume: bool = True,
     on_step: OnStep | None = None,
@@ -205,7 +206,7 @@ def finetune(
     classifier = build_classifier(start, len(classes), settings, run.seed).to(device)
     order = draws.ClipOrder(len(clips), run.seed, weights=balancing_weights(clips), size=settings.balanced) if settings.balanced else None
     common = {"read": read, "frames": settings.frames, "normalisation": settings.normalisation, "shortest": shortest}
-    sounds = Sounds(clips, **common, roll=settings.roll, noise=settings.noise, seed=run.seed, workers=workers, order=order)
+    sounds = Sounds(clips, **common, roll=settings.roll, noise=settings.noise, seed=run.seed, workers=workers, keep=keep, order=order)
     folder = open_folder(out)
     task = Finetuning(classifier, classes, settings, run, folder, Sounds(held, **common) if held else None)
     told = tell_settings(encoder=classifier.encoder.architecture.as_json(), finetune=settings, run=run, classes={"names": classes})

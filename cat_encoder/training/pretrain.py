@@ -154,19 +154,20 @@ def open_pretraining(
     read: Reader = read_sound,
     shortest: int = SHORTEST,
     workers: int = 2,
+    keep: int = 0,
     device: str | torch.device = "cpu",
 ) -> Run:
     """A pre-training run before its first update.
 
     source: folder, manifest or clips (see `find_clips`). external: what regularizes the representation (stored vectors, a transformers audio model folder, or
     a callable ([B,S], 16000) -> [B,E]); None = nothing, unless the clips name vectors of their own. start: a checkpoint to go on from (its shapes count).
-    read: replaces reading by PyAV; shortest: samples at 16 kHz (see `Sounds`).
+    read: replaces reading by PyAV; shortest, workers, keep: see `Sounds`.
     """
     settings, run = settings or PretrainSettings(), run or RunSettings()
     clips = source if isinstance(source, list) else find_clips(source)
     encoder = start_encoder(architecture, start, run.seed).to(device)
     settings.check(encoder.architecture)
-    sounds = Sounds(clips, read, settings.frames, settings.normalisation, shortest, roll=settings.roll, seed=run.seed, workers=workers)
+    sounds = Sounds(clips, read, settings.frames, settings.normalisation, shortest, roll=settings.roll, seed=run.seed, workers=workers, keep=keep)
     vectors = open_external(external, device) if external else StoredVectors() if clips[0].vector else None
     width = external_width(vectors, sounds) if vectors else 0
     with draws.seeded(run.seed, "decoder", 0):
