@@ -15,18 +15,16 @@ from ..mova.errors import InputError, MovaError
 from ..mova.lipsync.check import METHODS, check_lip_sync
 from ..mova.lipsync.film import ImageFrames
 from ..mova.lipsync.fix_lag import fix_lag
-from ..mova.lipsync.landmarks import TASK, TASK_PAGE, check_mediapipe, open_landmarks
+from ..mova.lipsync.landmarks import TASK, check_mediapipe, open_landmarks
 from ..mova.lipsync.plot import draw_report
 from ..mova.lipsync.report import Report
 from ..mova.lipsync.syncnet import load_syncnet
 from ..mova.lipsync.verdict import allows_shift
 from . import host
+from .shelves import AUTO, LANDMARKERS, SYNCNETS
 
 log = logging.getLogger("mova")
 
-AUTO = "auto"
-TASKS = (".task",)
-WEIGHTS = (".safetensors", ".model", ".pth", ".pt")
 SYNCNET = "syncnet"  # in the name of a weight file that auto takes
 SYNCNET_BYTES = 600_000_000  # weights and the largest chunk of pictures
 MAX_SHIFT = 10_000.0  # ms
@@ -46,12 +44,12 @@ def check_inputs(*choices: str, told: str = "") -> list[Any]:
         ),
         io.Combo.Input(
             "face_landmarks",
-            options=[AUTO, *choices, *host.evaluation_files(TASKS)],
+            options=[AUTO, *choices, *LANDMARKERS.entries()],
             tooltip=f"MediaPipe's {TASK} in models/mova_eval, with which faces are found. auto: the file of that name, else the first .task file.{told}",
         ),
         io.Combo.Input(
             "syncnet_weights",
-            options=[AUTO, *host.evaluation_files(WEIGHTS)],
+            options=[AUTO, *SYNCNETS.entries()],
             tooltip="SyncNet's weights in models/mova_eval (syncnet_v2.model, or a safetensors copy). auto: the first file with 'syncnet' in its name.",
         ),
     ]
@@ -148,7 +146,7 @@ def check_clip(images: torch.Tensor, audio: dict[str, Any] | None, fps: float, m
     network = None
     if method == "syncnet" or (method == AUTO and weights):
         host.free_memory(SYNCNET_BYTES, host.torch_device())
-        network = load_syncnet(weights, host.torch_device())
+        network = load_syncnet(weights or SYNCNETS.path(AUTO), host.torch_device())
     with open_landmarks(find_task(face_landmarks)) as landmarks:
         sound = audio["waveform"][0], audio["sample_rate"]
         return check_lip_sync(ImageFrames(images, fps), *sound, landmarks, method=method, syncnet=network, on_frame=progress, on_window=progress)
@@ -161,35 +159,30 @@ def check_files(method: str | None, face_landmarks: str | None, syncnet_weights:
             find_task(face_landmarks)
             check_mediapipe()
         if syncnet_weights is not None and find_syncnet(syncnet_weights) is None and method == "syncnet":
-            raise InputError(f"The method is syncnet, but {host.evaluation_folder()} holds no SyncNet weights: put syncnet_v2.model there, or choose motion.")
+            return SYNCNETS.check(AUTO)
     except MovaError as error:
         return str(error)
     return True
 
 
 def find_task(name: str) -> Path:
-    """The bundle of that name. InputError when it is not there; only listed files are opened."""
-    files = host.evaluation_files(TASKS)
-    found = files.get(TASK) or next(iter(files.values()), None) if name == AUTO else files.get(name)
-    if found is None:
-        asked = f"no {TASK}" if name == AUTO else f"no '{name}'"
-        raise InputError(f"{host.evaluation_folder()} holds {asked}, with which faces are found: download it from {TASK_PAGE} into that folder.")
-    return found
+    """The bundle of that name; auto takes the one called TASK, else the first. InputError when it is not there."""
+    names = list(LANDMARKERS.entries())
+    if name == AUTO and names:
+        name = TASK if TASK in names else names[0]
+    return LANDMARKERS.path(name)
 
 
 def find_syncnet(name: str) -> Path | None:
     """The weights of that name, None where auto finds none. InputError for another name that is not there."""
-    files = host.evaluation_files(WEIGHTS)
     if name == AUTO:
-        return next((path for file, path in files.items() if SYNCNET in file.lower()), None)
-    if name not in files:
-        raise InputError(f"{host.evaluation_folder()} holds no '{name}': choose a file that is there, or auto.")
-    return files[name]
+        return next((path for file, path in SYNCNETS.entries().items() if SYNCNET in file.lower()), None)
+    return SYNCNETS.path(name)
 
 
 def files_there() -> str:
     """Changes when files for checks come or go, so that 'auto' is asked again."""
-    return "\n".join(host.evaluation_files(TASKS + WEIGHTS))
+    return "\n".join([*LANDMARKERS.entries(), *SYNCNETS.entries()])
 
 
 def to_image(picture: Image.Image) -> torch.Tensor:

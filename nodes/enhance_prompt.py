@@ -14,6 +14,7 @@ from ..mova.prompt.length import LONGEST
 from ..mova.text import TextEncoder
 from . import host
 from .load import MovaTextEncoder
+from .shelves import LANGUAGE_MODELS
 
 TEMPLATE, LOCAL, SERVICE = PROVIDERS = ("template", "local", "openai-compatible")
 SAME = "same as local_model"
@@ -35,7 +36,7 @@ def length_inputs() -> list[io.Input]:
 class MOVAEnhancePrompt(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        names = host.model_names(host.LANGUAGE_MODELS)
+        names = LANGUAGE_MODELS.choices()
         return io.Schema(
             node_id="MOVAEnhancePrompt",
             display_name="MOVA Prompt Enhancer",
@@ -71,7 +72,7 @@ class MOVAEnhancePrompt(io.ComfyNode):
         if provider not in (None, *PROVIDERS):  # None: it comes over a link
             return f"provider is '{provider}': choose {', '.join(PROVIDERS)}."
         names = [name for name in (local_model, language_model) if provider == LOCAL and name not in (None, SAME)]
-        return next(filter(None, (host.check_model_name(name, host.LANGUAGE_MODELS) for name in names)), True)
+        return next(filter(None, (LANGUAGE_MODELS.check(name) for name in names)), True)
 
     @classmethod
     def execute(
@@ -81,7 +82,7 @@ class MOVAEnhancePrompt(io.ComfyNode):
         seed: int,
         image: torch.Tensor | None = None,
         on_failure: str = ON_FAILURE[0],
-        local_model: str = host.NO_LANGUAGE_MODEL,
+        local_model: str = LANGUAGE_MODELS.empty,
         language_model: str = SAME,
         max_tokens: int = LONGEST,
         text_encoder: TextEncoder | None = None,
@@ -96,8 +97,8 @@ class MOVAEnhancePrompt(io.ComfyNode):
 
 def open_local(local_model: str, language_model: str) -> LanguageModel:
     """The chosen folders; room is made for them on the device."""
-    folder = host.model_folder(local_model, host.LANGUAGE_MODELS)
-    writer: Path | None = None if language_model == SAME else host.model_folder(language_model, host.LANGUAGE_MODELS)
+    folder = LANGUAGE_MODELS.path(local_model)
+    writer: Path | None = None if language_model == SAME else LANGUAGE_MODELS.path(language_model)
     model = LocalModel(folder, writer, device=host.torch_device())
     host.free_memory(model.bytes_needed(), model.device)
     return model

@@ -18,28 +18,11 @@ from torch import Tensor
 from ..mova.audio_vae import AudioVAE, AudioVAEConfig
 from ..mova.checkpoint import open_component, read_config
 from ..mova.errors import InputError
-from ..mova.lora.files import BESIDE as LORA_SETTINGS
-from ..mova.lora.files import ENDINGS as LORA_ENDINGS
 from ..mova.sampler import Step
 from ..mova.video_vae import VideoVAE
 
-MODELS = "mova"  # the folder below models/, and its name in extra_model_paths.yaml
-NO_MODEL = "put a MOVA folder into models/mova"
-EVALUATION = "mova_eval"  # likewise: what checks need, such as face_landmarker.task and SyncNet's weights
-EARS = "audio_encoders"  # ComfyUI's own folder
-EAR_ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
-NO_EAR = "put a CAT, EAT or SSLAM file into models/audio_encoders"
-LORAS = "loras"  # likewise
-NO_LORA = "put a LoRA into models/loras"
-LANGUAGE_MODELS = "LLM"  # likewise: what writes prompts, where many packs keep it
-NO_LANGUAGE_MODEL = "put a language model into models/LLM"
-# What makes a folder a model, what the list says when there is none, what is said of another folder, and what to download.
-KINDS = {
-    MODELS: ("model_index.json", NO_MODEL, "is no folder with model_index.json", "a MOVA checkpoint", "OpenMOSS-Team/MOVA-360p"),
-    LANGUAGE_MODELS: ("config.json", NO_LANGUAGE_MODEL, "is no folder with config.json", "a language model that sees", "Qwen/Qwen3-VL-4B-Instruct"),
-}
-MOST_LISTED = 20  # names of LoRAs in one sentence: people have hundreds
-DEPTH = 4  # sub-folders searched below models/mova, so that a link in a circle ends
+OWN_PLACES = ("mova", "mova_eval", "LLM")  # folders below models/, and their names in extra_model_paths.yaml, that ComfyUI does not know by itself
+DEPTH = 4  # sub-folders searched for model folders, so that a link in a circle ends
 TEXT_SECONDS = 0.2  # between two states of a text that grows
 PREVIEW_SECONDS = 1 / 6  # per latent frame of 4 pictures: a moving preview at the clip's own speed, 24 pictures per second
 
@@ -47,116 +30,33 @@ PREVIEW_SECONDS = 1 / 6  # per latent frame of 4 pictures: a moving preview at t
 
 
 def register_folders() -> None:
-    folder_paths.add_model_folder_path(MODELS, os.path.join(folder_paths.models_dir, MODELS))
-    folder_paths.add_model_folder_path(EVALUATION, os.path.join(folder_paths.models_dir, EVALUATION))
-    folder_paths.add_model_folder_path(LANGUAGE_MODELS, os.path.join(folder_paths.models_dir, LANGUAGE_MODELS))
+    for place in OWN_PLACES:
+        folder_paths.add_model_folder_path(place, os.path.join(folder_paths.models_dir, place))
 
 
-def model_folders(kind: str = MODELS) -> dict[str, Path]:
-    """Model folders (see KINDS) by the name shown: the path below their root with forward slashes."""
+def first_root(place: str) -> Path:
+    """Where things for one of ComfyUI's model folders are put: it may have several roots."""
+    return Path(folder_paths.get_folder_paths(place)[0])
+
+
+def walk_folders(place: str, marker: str) -> dict[str, Path]:
+    """Folders that hold a file called `marker`, by the name shown: the path below their root with forward slashes."""
     found: dict[str, Path] = {}
-    for root in map(Path, folder_paths.get_folder_paths(kind)):
+    for root in map(Path, folder_paths.get_folder_paths(place)):
         for folder, inside, files in os.walk(root, followlinks=True):
-            place = Path(folder).relative_to(root)
-            if KINDS[kind][0] in files:
-                found.setdefault(place.as_posix() if place.parts else root.name, Path(folder))
-                inside.clear()
-            elif len(place.parts) == DEPTH:
+            below = Path(folder).relative_to(root)
+            if marker in files:
+                found.setdefault(below.as_posix() if below.parts else root.name, Path(folder))
+            if marker in files or len(below.parts) == DEPTH:
                 inside.clear()
     return dict(sorted(found.items()))
 
 
-def model_names(kind: str = MODELS) -> list[str]:
-    """The choices of a model widget, never empty."""
-    return list(model_folders(kind)) or [KINDS[kind][1]]
-
-
-def check_model_name(name: str, kind: str = MODELS) -> str | None:
-    """What to do when `name` is not in the list; None when it is. Only listed folders are ever opened."""
-    names = list(model_folders(kind))
-    if name in names:
-        return None
-    _, nothing, other, words, example = KINDS[kind]
-    root = Path(folder_paths.get_folder_paths(kind)[0])
-    given = "No model is chosen." if name == nothing else f"'{name}' {other} in {root}."
-    return (
-        f"{given} Found there: {', '.join(names) or 'none'}. Download {words}, for example with "
-        f"'hf download {example} --local-dir {root / example.split('/')[1]}', press R in ComfyUI and choose it."
-    )
-
-
-def model_folder(name: str, kind: str = MODELS) -> Path:
-    """The folder of a listed name; InputError for any other."""
-    if (complaint := check_model_name(name, kind)) is not None:
-        raise InputError(complaint)
-    return model_folders(kind)[name]
-
-
-def listed_files(place: str, endings: tuple[str, ...]) -> dict[str, Path]:
-    """Files of one of ComfyUI's model folders with one of these endings, by the name shown: with forward slashes on every system."""
+def list_files(place: str, endings: tuple[str, ...]) -> dict[str, Path]:
+    """Files with one of these endings, by the name shown: with forward slashes on every system."""
     names = [name for name in folder_paths.get_filename_list(place) if name.lower().endswith(endings)]
     found = {name.replace("\\", "/"): folder_paths.get_full_path(place, name) for name in names}
     return {name: Path(path) for name, path in found.items() if path}  # a broken link is listed and leads nowhere
-
-
-def evaluation_files(endings: tuple[str, ...]) -> dict[str, Path]:
-    """Files in models/mova_eval with one of these endings, by the name shown."""
-    return listed_files(EVALUATION, endings)
-
-
-def evaluation_folder() -> Path:
-    """Where files for checks are looked for first."""
-    return Path(folder_paths.get_folder_paths(EVALUATION)[0])
-
-
-def ear_files() -> dict[str, Path]:
-    """Audio encoders by the name shown."""
-    return listed_files(EARS, EAR_ENDINGS)
-
-
-def check_ear_name(name: str) -> str | None:
-    """What to do when `name` is no listed audio encoder; None when it is. Only listed files are ever opened."""
-    names = list(ear_files())
-    if name in names:
-        return None
-    root = folder_paths.get_folder_paths(EARS)[0]
-    given = "No audio encoder is chosen." if name == NO_EAR else f"'{name}' is not in {root}."
-    return f"{given} Found there: {', '.join(names) or 'none'}. Put a CAT, EAT or SSLAM file (.safetensors or .pt) there, press R in ComfyUI and choose it."
-
-
-def ear_file(name: str) -> Path:
-    """The file of a listed name; InputError for any other."""
-    if (complaint := check_ear_name(name)) is not None:
-        raise InputError(complaint)
-    return ear_files()[name]
-
-
-def lora_files() -> dict[str, Path]:
-    """LoRAs by the name shown; what trainers write beside the weights is none."""
-    return {name: path for name, path in listed_files(LORAS, LORA_ENDINGS).items() if path.name not in LORA_SETTINGS}
-
-
-def lora_names() -> list[str]:
-    """The choices of a LoRA widget, never empty."""
-    return list(lora_files()) or [NO_LORA]
-
-
-def check_lora_name(name: str) -> str | None:
-    """What to do when `name` is no listed LoRA; None when it is. Only listed files are ever opened."""
-    names = list(lora_files())
-    if name in names:
-        return None
-    root = folder_paths.get_folder_paths(LORAS)[0]
-    given = "No LoRA is chosen." if name == NO_LORA else f"'{name}' is no LoRA in {root}."
-    shown = ", ".join(names[:MOST_LISTED]) + (f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else "")
-    return f"{given} Found there: {shown or 'none'}. Put a LoRA for MOVA or Wan 14B (.safetensors or .pt) into {root}, press R in ComfyUI and choose it."
-
-
-def lora_file(name: str) -> Path:
-    """The file of a listed name; InputError for any other."""
-    if (complaint := check_lora_name(name)) is not None:
-        raise InputError(complaint)
-    return lora_files()[name]
 
 
 def input_directory() -> Path:
@@ -187,7 +87,7 @@ def user_folder() -> Path:
 
 def kept_runs() -> Path:
     """Where unfinished runs are kept; made when it is not there."""
-    folder = Path(folder_paths.get_user_directory()) / "__mova" / "runs"
+    folder = user_folder() / "runs"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

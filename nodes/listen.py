@@ -16,6 +16,7 @@ from ..cat_encoder.listening.tagging import TOP, tag_sound, to_json
 from ..cat_encoder.listening.timeline import draw_similarity
 from ..mova.errors import InputError
 from . import host
+from .shelves import EARS
 
 CatEncoder = io.Custom("CAT_ENCODER")
 
@@ -42,7 +43,7 @@ class CATLoadEncoder(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "encoder",
-                    options=list(host.ear_files()) or [host.NO_EAR],
+                    options=EARS.choices(),
                     tooltip="A CAT, EAT or SSLAM file (.safetensors or .pt) in models/audio_encoders. Encoders of other kinds are refused.",
                 ),
                 io.Combo.Input(
@@ -64,11 +65,11 @@ class CATLoadEncoder(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, encoder: str | None = None) -> bool | str:
-        return True if encoder is None else host.check_ear_name(encoder) or True  # None: the name comes over a link
+        return True if encoder is None else EARS.check(encoder) or True  # None: the name comes over a link
 
     @classmethod
     def execute(cls, encoder: str, device: str, precision: str) -> io.NodeOutput:
-        ear = load(host.ear_file(encoder), dtype=PRECISIONS[precision])
+        ear = load(EARS.path(encoder), dtype=PRECISIONS[precision])
         ear.place = host.torch_device() if device == "auto" else torch.device("cpu")  # where it listens; between runs it lies on the CPU
         report = describe(ear)
         host.show_text(cls.hidden.unique_id, report)

@@ -12,6 +12,7 @@ from ..mova.residency import MODES
 from ..mova.text import load_text_encoder
 from ..mova.video_vae import load_video_vae
 from . import host
+from .shelves import MODELS
 
 MovaModel = io.Custom("MOVA_MODEL")
 MovaTextEncoder = io.Custom("MOVA_TEXT_ENCODER")
@@ -22,7 +23,7 @@ PRECISIONS = {"as stored": None, "bf16": torch.bfloat16, "fp16": torch.float16, 
 def model_input() -> io.Combo.Input:
     return io.Combo.Input(
         "model",
-        options=host.model_names(),
+        options=MODELS.choices(),
         tooltip="A checkpoint folder in models/mova (the folder with model_index.json), as 'hf download OpenMOSS-Team/MOVA-360p' makes it.",
     )
 
@@ -32,7 +33,7 @@ class MovaLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model: str | None = None) -> bool | str:
-        return True if model is None else host.check_model_name(model) or True  # None: the name comes over a link
+        return True if model is None else MODELS.check(model) or True  # None: the name comes over a link
 
 
 class MOVALoadModel(MovaLoader):
@@ -70,7 +71,7 @@ class MOVALoadModel(MovaLoader):
 
     @classmethod
     def execute(cls, model: str, precision: str, residency: str, attention: str) -> io.NodeOutput:
-        denoiser = load_denoiser(host.model_folder(model), device=host.torch_device(), dtype=PRECISIONS[precision], residency=residency)
+        denoiser = load_denoiser(MODELS.path(model), device=host.torch_device(), dtype=PRECISIONS[precision], residency=residency)
         denoiser.attention = attention
         return io.NodeOutput(denoiser)
 
@@ -98,7 +99,7 @@ class MOVALoadTextEncoder(MovaLoader):
     @classmethod
     def execute(cls, model: str, device: str) -> io.NodeOutput:
         place = host.text_device() if device == "auto" else torch.device("cpu")
-        return io.NodeOutput(load_text_encoder(host.model_folder(model), device=place, cache_dir=host.text_cache()))
+        return io.NodeOutput(load_text_encoder(MODELS.path(model), device=place, cache_dir=host.text_cache()))
 
 
 class MOVALoadVideoVAE(MovaLoader):
@@ -116,7 +117,7 @@ class MOVALoadVideoVAE(MovaLoader):
 
     @classmethod
     def execute(cls, model: str) -> io.NodeOutput:
-        folder = host.model_folder(model)
+        folder = MODELS.path(model)
         return io.NodeOutput(host.VideoVAESocket(load_video_vae(folder), folder))
 
 
@@ -135,4 +136,4 @@ class MOVALoadAudioVAE(MovaLoader):
 
     @classmethod
     def execute(cls, model: str) -> io.NodeOutput:
-        return io.NodeOutput(host.AudioVAESocket(load_audio_vae(host.model_folder(model))))
+        return io.NodeOutput(host.AudioVAESocket(load_audio_vae(MODELS.path(model))))

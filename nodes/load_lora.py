@@ -9,6 +9,7 @@ from ..mova.lora import Lora
 from ..mova.lora.places import CHOICES
 from . import host
 from .load import MovaModel
+from .shelves import LORAS
 
 STRENGTH = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.05, "round": 0.001}
 
@@ -28,7 +29,7 @@ class MOVALoadLora(io.ComfyNode):
                 MovaModel.Input("model", tooltip="From Load MOVA Model, or another Load MOVA LoRA."),
                 io.Combo.Input(
                     "lora_name",
-                    options=host.lora_names(),
+                    options=LORAS.choices(),
                     tooltip="A file in models/loras, sub-folders too: .safetensors, or the lora_weights.pt of MOVA's trainers.",
                 ),
                 io.Float.Input(
@@ -63,11 +64,11 @@ class MOVALoadLora(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, lora_name: str | None = None) -> bool | str:
-        return True if lora_name is None else host.check_lora_name(lora_name) or True  # None: the name comes over a link
+        return True if lora_name is None else LORAS.check(lora_name) or True  # None: the name comes over a link
 
     @classmethod
     def execute(cls, model: Denoiser, lora_name: str, expert: str = "auto", alpha: float = 0.0, **strengths: float) -> io.NodeOutput:
-        adapted = model.with_loras([Lora(host.lora_file(lora_name), alpha or None, expert=expert, **strengths)])
+        adapted = model.with_loras([Lora(LORAS.path(lora_name), alpha or None, expert=expert, **strengths)])
         report = adapted.loras[-1].report
         host.show_text(cls.hidden.unique_id, str(report))
         return io.NodeOutput(adapted, report.words)

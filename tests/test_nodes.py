@@ -2,7 +2,6 @@
 
 import asyncio
 import importlib.util
-import json
 import logging
 import shutil
 import subprocess
@@ -160,6 +159,7 @@ DECLARED = {
             ("model", "MOVA_MODEL"), ("positive", "CONDITIONING"), ("negative", "CONDITIONING"), ("video", "LATENT"), ("audio", "LATENT"), ("seed", "INT", 42),
             ("steps", "INT", 50), ("cfg", "FLOAT", 5.0), ("shift", "FLOAT", 0.0), ("schedule", "COMBO", "reference"), ("audio_cfg", "FLOAT", 0.0),
             ("audio_shift", "FLOAT", 0.0), ("bridge_guidance", "FLOAT", 1.0), ("boundary", "FLOAT", 0.0), ("denoise", "FLOAT", 1.0),
+            ("keep_every", "INT", 0),
         ],
         [("video", "LATENT"), ("audio", "LATENT")],
     ),
@@ -182,10 +182,14 @@ DECLARED = {
         [("text", "STRING"), ("vram_gb", "FLOAT"), ("ram_gb", "FLOAT"), ("minutes", "FLOAT")],
     ),
 }  # fmt: skip
-OPTIONAL = {"MOVAImageToVideoAudio": ["start_image", "end_image"], "MOVADenoise": ["audio"], "MOVAKeepStream": ["from_seconds", "to_seconds", "fps"]}
+OPTIONAL = {
+    "MOVAImageToVideoAudio": ["start_image", "end_image"],
+    "MOVADenoise": ["audio", "keep_every"],
+    "MOVAKeepStream": ["from_seconds", "to_seconds", "fps"],
+}
 ADVANCED = {
     "MOVALoadModel": ["attention"],
-    "MOVADenoise": ["audio_cfg", "audio_shift", "bridge_guidance", "boundary", "denoise"],
+    "MOVADenoise": ["audio_cfg", "audio_shift", "bridge_guidance", "boundary", "denoise", "keep_every"],
     "MOVAEstimate": ["bridge_guidance"],
 }
 
@@ -590,7 +594,7 @@ def test_links_in_a_circle_end(pack, folders):
         (folders / "round").symlink_to(folders, target_is_directory=True)
     except OSError:
         pytest.skip("no symbolic links here")
-    assert pack.host.model_folders() == {}
+    assert pack.host.walk_folders("mova", "model_index.json") == {}
 
 
 # ---------------------------------------------------------------- nothing stays behind
@@ -609,6 +613,21 @@ def test_cancel_takes_the_weights_off_the_device(clip, denoise, pack, cancel_aft
     with pytest.raises(Cancelled):
         denoise(made, model=model)
     assert not placed(model)
+
+
+def test_a_cancelled_run_that_is_kept_goes_on_where_it_stopped(clip, denoise, pack, cancel_after, monkeypatch):
+    made, steps = clip(), []
+    expected = denoise(made, steps=3)
+    cancel_after(8)  # 4 layers and a step are asked about: in the second step
+    with pytest.raises(Cancelled):
+        denoise(made, steps=3, keep_every=100)
+    monkeypatch.undo()
+    assert len(list(pack.host.kept_runs().iterdir())) == 1
+    advance = pack.host.SamplingProgress.on_step
+    monkeypatch.setattr(pack.host.SamplingProgress, "on_step", lambda progress, step: (steps.append(step.index), advance(progress, step)))
+    again = denoise(made, steps=3, keep_every=100)
+    assert steps == [1, 2] and not list(pack.host.kept_runs().iterdir())
+    assert all(torch.equal(a["samples"], b["samples"]) for a, b in zip(again, expected, strict=True))
 
 
 def test_success_and_errors_take_them_off_too(clip, denoise, parts, pack):
@@ -671,26 +690,3 @@ def test_progress_counts_layers_and_the_preview_moves(clip, denoise, pack, monke
     assert bar == [(value, 12) for value in (1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 10, 11, 12, 12)]  # 4 layers; a picture after every step
     assert all(frame.shape == (1, 16, 1, 6, 8) for frame in shown) and len(shown) == 11
     assert not torch.equal(shown[0], shown[1]) and torch.equal(shown[0], shown[3])  # three latent frames, again and again
-
-
-# ---------------------------------------------------------------- shipped workflows
-
-
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_shipped_workflow_is_tidy(pack, path):
-    workflow = json.loads(path.read_text(encoding="utf-8"))
-    nodes = {node["id"]: node for node in workflow["nodes"]}
-    for number, origin, output, target, slot, kind in workflow["links"]:
-        assert number in nodes[origin]["outputs"][output]["links"] and nodes[target]["inputs"][slot]["link"] == number
-        assert kind == nodes[origin]["outputs"][output]["type"]
-    for node in nodes.values():
-        if node["type"].startswith("MOVA"):
-            widgets = [item for item in pack.nodes[node["type"]].GET_SCHEMA().inputs if item.is_widget]
-            values = [value for value in node.get("widgets_values") or [] if value != "fixed"]  # no shipped seed changes by itself
-            assert len(values) == len(widgets)
-            assert all(value in item.options for item, value in zip(widgets, values, strict=True) if item.options and item.id != "model")
-    assert any("hf download OpenMOSS-Team/" in node["widgets_values"][0] for node in nodes.values() if node["type"] == "MarkdownNote")
-    (video,) = (node for node in nodes.values() if node["type"] == "CreateVideo")
-    assert next(entry["link"] for entry in video["inputs"] if entry["name"] == "fps") is not None
-    boxes = [(*node["pos"], node["pos"][0] + node["size"][0], node["pos"][1] + node["size"][1]) for node in nodes.values()]
-    assert not [(a, b) for a in boxes for b in boxes if a < b and a[0] < b[2] and b[0] < a[2] and a[1] - 30 < b[3] and b[1] - 30 < a[3]]
