@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..audio_vae import resample
 from ..errors import InputError
+from ..resampling import resample
 from .face import Array
 from .face_crop import crop_faces
 from .film import TimedFrame
