@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import loras
 import pytest
 import torch
 from canvas.recorded import find_frontend
@@ -31,6 +32,10 @@ def prepare(folder: Path) -> Path:
     shutil.copy(ROOT / "assets" / "demo.jpg", folder / "input" / "mova_demo.jpg")
     sound = 0.1 * torch.sin(torch.arange(48000) / 20)[None]
     write_audio(folder / "input" / "voice.wav", sound, 48000)
+    (folder / "models" / "loras").mkdir()
+    for seed, node in enumerate(node for node in saved_nodes() if node["type"] == "MOVALoadLora"):
+        factors = loras.full_factors(folder / "models" / "mova" / MODEL, seed=seed)
+        loras.write_full_lora(folder / "models" / "loras" / node["widgets_values"][0], factors, alpha=4)
     for node in saved_nodes():
         path = folder / "input" / str((node.get("widgets_values") or [""])[0])
         if node["type"] not in INPUT_FILES or path.exists():
