@@ -110,7 +110,7 @@ def find_fault(name: str, shapes: Shapes, device: torch.device, dtype: torch.dty
                 with insist(KERNELS[name]), warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # PyTorch gives its reasons, a line for every kernel
                     found = attention(q, k, v, heads).float()
-            except torch.OutOfMemoryError:
+            except torch.cuda.OutOfMemoryError:
                 raise
             except RuntimeError:  # each kernel has words of its own for what it lacks
                 return "cannot compute this"

@@ -277,7 +277,7 @@ class JointRun:
                     self.enter(self.steps[k].expert)
                 with self.denoiser.attention_backend():
                     return self.forward(video, audio, k, on_layer)
-            except torch.OutOfMemoryError as error:
+            except torch.cuda.OutOfMemoryError as error:
                 self.started = False
                 if not self.denoiser.residency.shrink():
                     raise SamplingError(

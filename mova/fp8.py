@@ -91,7 +91,7 @@ def try_product(device: torch.device) -> bool:
     numbers, scale = torch.ones(TILE, TILE, device=device).to(FP8), torch.ones(TILE, 1, device=device)
     try:
         torch._scaled_mm(numbers, numbers.t(), scale, scale.t(), out_dtype=torch.bfloat16)
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:
         raise  # says nothing about the kernel
     except (RuntimeError, ValueError) as error:
         log.info("MOVA: fp8 weights are computed with in bf16, as PyTorch %s has no fp8 product for this GPU (%s)", torch.__version__, error)

@@ -88,6 +88,7 @@ class Residency:
         self.changes = changes or {}  # of LoRAs, by part and tensor
         self.traffic = Traffic()
         self.placement: Placement | None = None
+        self.most = parts.count  # layers that have a slab of their own; fewer once the device ran out of memory
         self.placed: set[str] = set()
         self.own: dict[int, Slab] = {}
         self.shared: list[Slab] = []
@@ -166,22 +167,19 @@ class Residency:
         What does not suit it leaves the device.
         """
         room = Room(free_bytes(self.device) + self.held_bytes(), available_ram())
-        placement = choose_placement(self, Job(activations, layer_seconds), room)
+        placement = limit(choose_placement(self, Job(activations, layer_seconds), room), self.most, self.parts.count)
         if self.placement is None or (placement.own, placement.shared) != (self.placement.own, self.placement.shared):
             self.release()
             log.info("MOVA weights: %s (%s)", placement.mode, placement.why)
             self.placement = placement
 
     def shrink(self) -> bool:
-        """After the device ran out of memory: the next smaller placement, if there is one."""
+        """After the device ran out of memory: `settle` keeps half as many layers from now on; False when there are none to give up."""
         self.release()
-        kept = len(self.placement.own) // 2
         if not self.placement.own:
             return False
-        self.mode = "stream"
-        why = f"the device ran out of memory with {len(self.placement.own)} layers resident"
-        self.placement = Placement("stream", why, spread(kept, self.parts.count), self.placement.shared or SLABS)
-        log.warning("MOVA weights: %s; now %d of %d.", why, kept, self.parts.count)
+        self.most = len(self.placement.own) // 2
+        log.warning("MOVA weights: the device ran out of memory with %d layers resident; now %d of %d.", len(self.placement.own), self.most, self.parts.count)
         return True
 
     def begin(self, visits: list[tuple[str, bool]]) -> None:
@@ -327,6 +325,13 @@ def slabs_needed(arrival: float, compute: float) -> int:
     that takes longer than the compute sets the pace whatever the depth.
     """
     return SLABS if not arrival > compute / 2 else SLABS + 1
+
+
+def limit(placement: Placement, most: int, count: int) -> Placement:
+    """The same with at most so many of `count` layers in a slab of their own."""
+    if len(placement.own) <= most:
+        return placement
+    return Placement("stream", f"{most} of {count} layers stay, as the device ran out of memory with more", spread(most, count), placement.shared or SLABS)
 
 
 def choose_placement(residency: Residency, job: Job, room: Room) -> Placement:

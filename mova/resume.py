@@ -1,7 +1,8 @@
 """A long run kept on disk: one that was interrupted, or killed, goes on behind its last kept step as if nothing had happened.
 
 A kept run is one safetensors file with the latents of both streams as they were after a step, and in its metadata, as
-JSON, how many steps are done and what the run is: every setting, and digests of every tensor and of the checkpoint.
+JSON, how many steps are done and what the run is: every setting, and digests of every tensor and of the checkpoint; and a
+digest of all that, without which a damaged file would go on to another clip.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from .parts import FOLDERS
 log = logging.getLogger("mova")
 
 KEPT_RUNS = 10  # files in a folder; the oldest go first
-PROBE = 2**20  # bytes read at both ends of a weight file to tell it from others
+PROBES, PROBE = 256, 2**14  # stretches of a weight file, of so many bytes, that tell it from others: in the released files every linear of a video tower is met
 KEY = "mova_run"  # of the JSON in the metadata
 # What a person changed when the digest of a tensor differs.
 NAMES = {
@@ -44,7 +45,7 @@ Identity = dict[str, Any]
 class Resume:
     """Where a run is kept: a file, or a folder in which every run has one of its own. `every`: steps between two writes."""
 
-    path: Path
+    path: str | Path
     every: int = 5
 
 
@@ -69,7 +70,7 @@ class KeptRun:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.file is not None and kind is None:
-            self.file.unlink(missing_ok=True)
+            self.remove()
         elif self.latest is not None:
             self.write(self.latest)
 
@@ -80,8 +81,10 @@ class KeptRun:
         try:
             with safe_open(self.file, framework="pt") as stored:
                 told = json.loads((stored.metadata() or {})[KEY])
-                kept, identity = Kept(told["done"], stored.get_tensor("video"), stored.get_tensor("audio")), dict(told["identity"])
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+                kept, identity, digest = Kept(told["done"], stored.get_tensor("video"), stored.get_tensor("audio")), dict(told["identity"]), told["digest"]
+            if digest != digest_run(kept, identity):
+                raise ValueError("its numbers are not those that were written")
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
             raise InputError(f"{self.file} is no run that can be resumed ({error}): delete it, or give another file, to start from the beginning.") from None
         if differing := differences(identity, self.identity):
             raise InputError(f"{self.file} keeps another run: {'; '.join(differing)}. Change that back, give another file, or delete this one to start anew.")
@@ -99,13 +102,20 @@ class KeptRun:
         """Keeps the run, whole or not at all; a disk that refuses costs a log line, never the run."""
         if self.file is None or kept.done == self.written:
             return
-        told = json.dumps({"done": kept.done, "identity": self.identity})
+        told = json.dumps({"done": kept.done, "identity": self.identity, "digest": digest_run(kept, self.identity)})
         try:
             with new_file(self.file) as draft:
                 save_file({"video": kept.video.cpu().contiguous(), "audio": kept.audio.cpu().contiguous()}, draft, {KEY: told})
             self.written = kept.done
         except (MediaError, SafetensorError) as error:
             log.warning("Step %d is not kept, and the run goes on without: %s", kept.done, error)
+
+    def remove(self) -> None:
+        """The run is complete; a file that cannot go must not cost the clip."""
+        try:
+            self.file.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("%s keeps a run that is complete, and cannot be deleted: %s", self.file, error)
 
 
 def open_run(resume: Resume | None, denoiser: Denoiser, settings: Mapping[str, Any], tensors: Mapping[str, Tensor | None]) -> KeptRun:
@@ -115,15 +125,14 @@ def open_run(resume: Resume | None, denoiser: Denoiser, settings: Mapping[str, A
     if resume.every < 1:
         raise InputError(f"A run is to be kept every {resume.every} steps: 1 or more is needed.")
     digests = {name: digest_tensor(tensor) for name, tensor in tensors.items() if tensor is not None}
-    model = {"checkpoint": identify_checkpoint(denoiser.folder), "dtype": str(denoiser.dtype), "loras": [lora.identity for lora in denoiser.loras]}
-    identity = json.loads(json.dumps({**settings, **digests, **model}))
-    if not resume.path.is_dir():
-        if not resume.path.absolute().parent.is_dir():
-            raise InputError(f"The run cannot be kept in {resume.path}: the folder {resume.path.absolute().parent} does not exist.")
-        return KeptRun(resume.path, resume.every, identity)
-    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-    file = resume.path / f"{name}.safetensors"
-    remove_oldest(resume.path, file)
+    identity = json.loads(json.dumps({**settings, **digests, **identify_model(denoiser)}, default=float))  # NumPy's numbers are no JSON
+    path = Path(resume.path)
+    if not path.is_dir():
+        if not path.absolute().parent.is_dir():
+            raise InputError(f"The run cannot be kept in {path}: the folder {path.absolute().parent} does not exist.")
+        return KeptRun(path, resume.every, identity)
+    file = path / f"{digest_json(identity)[:32]}.safetensors"
+    remove_oldest(path, file)
     return KeptRun(file, resume.every, identity)
 
 
@@ -148,13 +157,34 @@ def digest_tensor(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
+def digest_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def digest_run(kept: Kept, identity: Identity) -> str:
+    """Of all that a file keeps."""
+    return digest_json([kept.done, digest_tensor(kept.video), digest_tensor(kept.audio), identity])
+
+
+def identify_model(denoiser: Denoiser) -> Identity:
+    """What computes, as far as it decides the bits of the result; where the weights live does not."""
+    return {
+        "checkpoint": identify_checkpoint(denoiser.folder),
+        "dtype": str(denoiser.dtype),
+        "device": denoiser.device.type,
+        "attention": denoiser.attention,
+        "loras": [lora.identity for lora in denoiser.loras],
+    }
+
+
 def identify_checkpoint(folder: Path) -> str:
-    """Tells the weights of the denoiser from others, wherever they lie: by size, header and both ends of every file."""
+    """Tells the weights of the denoiser from others, wherever they lie: by size and PROBES stretches of every file."""
     digest = hashlib.sha256()
     for file in (file for part in FOLDERS.values() for file in weight_files(open_component(folder, part).folder)):
         size = file.stat().st_size
         with file.open("rb") as stream:
-            digest.update(f"{file.name} {size}".encode() + stream.read(PROBE))
-            stream.seek(max(0, size - PROBE))
-            digest.update(stream.read())
+            digest.update(f"{file.name} {size}".encode())
+            for start in range(0, size, max(PROBE, size // PROBES)):
+                stream.seek(start)
+                digest.update(stream.read(PROBE))
     return digest.hexdigest()

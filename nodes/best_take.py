@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..cat_encoder.listening.sound_check import check_sound
 from ..mova.errors import InputError
-from ..mova.lipsync.best_take import Take, describe_takes, draw_sheet, rate_sync
+from ..mova.lipsync.best_take import Take, describe_takes, draw_sheet, gather_remarks, rate_sync
 from ..mova.lipsync.film import ImageFrames
 from . import host, sockets
 from .check_lip_sync import check_clip, check_files, check_inputs, files_there, to_image
@@ -18,6 +18,7 @@ from .listen import CatEncoder, placed
 
 NONE = "none"
 MAX_TAKES = 64
+NOT_ASKED = "The CAT encoder is connected, but wanted_sounds is empty: it was not asked, and sounds do not count."
 
 
 class MOVASeeds(io.ComfyNode):
@@ -120,7 +121,7 @@ class MOVAPickBestTake(io.ComfyNode):
                 best, kept = len(takes) - 1, clip
             del clip  # two decoded takes at most: the best, and the one that is looked at
         scores, sheet = describe_takes(takes, best, share), to_image(draw_sheet(takes, best, share))
-        host.show_text(cls.hidden.unique_id, f"take {best + 1} of {len(takes)}: {takes[best].total(share):.2f}")
+        host.show_text(cls.hidden.unique_id, "\n".join([f"take {best + 1} of {len(takes)}: {takes[best].total(share):.2f}", *gather_remarks(takes)]))
         return io.NodeOutput(*kept, best, scores, sheet)
 
 
@@ -159,7 +160,10 @@ def judge_take(
     if face_landmarks != NONE:
         report = check_clip(images, audio, fps, method, face_landmarks, syncnet_weights)
         found = {"verdict": report.verdict, "lag_ms": report.lag_ms, "sync": rate_sync(report)}
-    if cat_encoder is not None:
+    if cat_encoder is not None and not wanted_sounds.strip():
+        found["remarks"] = (NOT_ASKED,)
+    elif cat_encoder is not None:
         with placed(cat_encoder) as ear:
-            found["sound"] = check_sound(ear, audio["waveform"], audio["sample_rate"], wanted_sounds, on_step=host.ChunkProgress())[0].score
+            check = check_sound(ear, audio["waveform"], audio["sample_rate"], wanted_sounds, on_step=host.ChunkProgress())[0]
+        found |= {"sound": check.score if check.found else None, "remarks": check.remarks}
     return Take(seed, first, **found)

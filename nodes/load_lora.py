@@ -67,6 +67,12 @@ class MOVALoadLora(io.ComfyNode):
         return True if lora_name is None else LORAS.check(lora_name) or True  # None: the name comes over a link
 
     @classmethod
+    def fingerprint_inputs(cls, lora_name: str | None = None, **_: object) -> tuple[int, int] | None:
+        """A file that was replaced under its name, as trainers do, is read again."""
+        path = LORAS.entries().get(lora_name)
+        return None if path is None else (path.stat().st_size, path.stat().st_mtime_ns)
+
+    @classmethod
     def execute(cls, model: Denoiser, lora_name: str, expert: str = "auto", alpha: float = 0.0, **strengths: float) -> io.NodeOutput:
         adapted = model.with_loras([Lora(LORAS.path(lora_name), alpha or None, expert=expert, **strengths)])
         report = adapted.loras[-1].report

@@ -110,10 +110,10 @@ def test_what_auto_tries(capability, expected, monkeypatch):
 
 def test_running_out_of_memory_is_no_verdict(monkeypatch):
     def fail(*_, **__):
-        raise torch.OutOfMemoryError("as it were")
+        raise torch.cuda.OutOfMemoryError("as it were")
 
     monkeypatch.setattr(attention_module.F, "scaled_dot_product_attention", fail)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(torch.cuda.OutOfMemoryError):
         choose_kernel("flash", SHAPES, CPU, torch.float32)
 
 

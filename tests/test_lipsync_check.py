@@ -11,7 +11,7 @@ from puppet import FPS, SECONDS, drawn_face, drawn_film, opening_curve, puppet, 
 
 from mova.__main__ import main
 from mova.errors import InputError, MediaError
-from mova.lipsync.best_take import Take, describe_takes, draw_sheet, rate_sync
+from mova.lipsync.best_take import Take, captions, describe_takes, draw_sheet, rate_sync
 from mova.lipsync.check import check_lip_sync
 from mova.lipsync.film import ImageFrames, open_film
 from mova.lipsync.landmarks import GivenLandmarks, open_landmarks
@@ -278,8 +278,18 @@ def test_takes_are_ranked_and_shown():
     told = json.loads(describe_takes(takes, 1, 0.5))
     assert told["best"] == 2 and [take["seed"] for take in told["takes"]] == [42, 43, None]
     sheets = [np.array(draw_sheet(takes, best, 0.5)) for best in range(3)]
-    assert len({sheet.tobytes() for sheet in sheets}) == 3 and sheets[0].shape == (2 * 309 + 12, 2 * 332 + 12, 3)
+    assert len({sheet.tobytes() for sheet in sheets}) == 3 and sheets[0].shape == (2 * 321 + 12, 2 * 332 + 12, 3)
     assert draw_sheet(takes[:1], 0, 0.5).width == 332 + 12
+
+
+def test_captions_stay_below_their_take():
+    """The longest there are: a random seed, the longest verdict, both scores."""
+    picture = np.zeros((48, 64, 3), np.uint8)
+    take = Take(2**64 - 1, picture, "out of sync by 600 ms (sound early)", -600.0, 0.25, 0.75)
+    assert captions(63, take, 0.5) == ("64:  0.50   (lips 0.25, sound 0.75)", take.verdict, f"seed {2**64 - 1}")
+    sheet = np.array(draw_sheet([take, Take(None, picture)], 1, 0.5)).astype(int)
+    between = sheet[:240, 12 + 320 : 24 + 320 - 4]  # up to the frame of the best take
+    assert (between == between[0, 0]).all() and (sheet[270:315, 16:330] > 130).all(axis=-1).any(axis=1).sum() > 20
 
 
 # ---------------------------------------------------------------- films in files, the command line

@@ -385,7 +385,13 @@ def test_two_runs_differ_by_file_and_strength(base, lora):
 
 
 @pytest.mark.parametrize(
-    ("given", "said"), [({"audio": float("nan")}, "strength of audio is nan"), ({"alpha": float("inf")}, "alpha is inf"), ({"expert": "middle"}, "'middle'")]
+    ("given", "said"),
+    [
+        ({"audio": float("nan")}, "strength of audio is nan"),
+        ({"alpha": float("inf")}, "alpha is inf"),
+        ({"expert": "middle"}, "'middle'"),
+        ({"bridge": "1"}, "strength of bridge is '1'"),
+    ],
 )
 def test_values_that_are_no_numbers(given, said):
     with pytest.raises(LoraError, match=said):

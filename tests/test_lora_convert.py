@@ -102,10 +102,32 @@ def test_every_kind_and_the_metadata(tmp_path, shapes, released):
     assert metadata["author"] == "me" and metadata["mova.source"] == source.name and metadata["format"] == "pt" and "lora_adapter_metadata" not in metadata
 
 
+def test_a_lora_for_sound_stays_one(tmp_path, tiny_mova, shapes, released):
+    source = loras.write_lora(tmp_path / "my_audio.safetensors", loras.random_factors(loras.linears_of(tiny_mova, "audio_dit")))
+    convert_lora(source, tmp_path / "voice.safetensors", released)
+    after = load_lora(mova.Lora(tmp_path / "voice.safetensors"), shapes)
+    assert_same(totals(load_lora(mova.Lora(source), shapes)), totals(after))
+    assert list(after.report.towers) == ["audio"]
+
+
 def test_alpha_of_the_users(tmp_path, shapes, released):
     source = loras.write_lora(tmp_path / "a.safetensors", {LAYER: (torch.randn(4, 80), torch.randn(176, 4))})
     convert_lora(source, tmp_path / "b.safetensors", released, alpha=2.0)
     assert_same(totals(load_lora(mova.Lora(source, alpha=2.0), shapes)), totals(load_lora(mova.Lora(tmp_path / "b.safetensors"), shapes)))
+
+
+def test_an_alpha_that_is_no_number(tmp_path, released):
+    source = loras.write_lora(tmp_path / "a.safetensors", {LAYER: (torch.randn(4, 80), torch.randn(176, 4))})
+    with pytest.raises(LoraError, match="alpha is nan"):
+        convert_lora(source, tmp_path / "b.safetensors", released, alpha=float("nan"))
+
+
+def test_a_dora_of_peft_has_the_scale_that_comfyui_reads(tmp_path, shapes, released):
+    tensors = {f"{LAYER}.{ending}": tensor for ending, tensor in (("lora_A.weight", torch.randn(4, 80)), ("lora_B.weight", torch.randn(176, 4)))}
+    save_file(tensors | {f"{LAYER}.lora_magnitude_vector": torch.rand(176)}, tmp_path / "a.safetensors")
+    convert_lora(tmp_path / "a.safetensors", tmp_path / "b.safetensors", released)
+    assert load_file(tmp_path / "b.safetensors")[f"diffusion_model.{LAYER}.dora_scale"].shape == (176, 1)
+    assert_same(*(totals(load_lora(mova.Lora(tmp_path / name), shapes)) for name in ("a.safetensors", "b.safetensors")))
 
 
 def test_both_experts_of_diffusers(tmp_path, shapes, released):

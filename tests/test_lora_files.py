@@ -107,6 +107,11 @@ def test_dora_changes_length_and_direction(write, shapes, name, columns):
     assert torch.allclose(changed(half, weight), (weight + expected) / 2, atol=1e-5)
 
 
+def test_a_dora_row_of_zeros_stays_one(write, shapes):
+    found = load(write({key: torch.zeros_like(tensor) for key, tensor in FACTORS.items()} | {"dora_scale": torch.full((176, 1), 100.0)}), shapes)
+    assert torch.equal(changed(found, torch.zeros(176, 80)), torch.zeros(176, 80))
+
+
 def test_a_lora_with_bias(write, shapes):
     found = load(write(FACTORS | {"lora_B.bias": draw(176), "alpha": torch.tensor(2.0)}), shapes)
     assert torch.allclose(changed(found, torch.zeros(176), f"{LAYER}.bias"), 0.5 * draw(176))
@@ -136,6 +141,22 @@ def test_scale_in_a_safetensors_file(write, shapes, tmp_path):
     assert scale_of(load(write(FACTORS, {"lora_adapter_metadata": "{"}), shapes)) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_alpha_may_be_a_whole_number(write, shapes, tmp_path, dtype):
+    tensors = FACTORS | {"alpha": torch.tensor(2, dtype=dtype)}
+    assert scale_of(load(write(tensors), shapes)) == 0.5
+    torch.save({f"video_dit.{LAYER}.{key}": tensor for key, tensor in tensors.items()}, tmp_path / "lora.pt")
+    assert scale_of(load(tmp_path / "lora.pt", shapes)) == 0.5
+
+
+HUGE = "9" * 400  # more than a float can say
+
+
+@pytest.mark.parametrize("notes", [f'{{"r": 4, "lora_alpha": {HUGE}}}', f'{{"r": {HUGE}, "lora_alpha": 4}}', '{"r": 4, "lora_alpha": 1e999}', "[" * 10**5])
+def test_notes_that_are_no_numbers(write, shapes, notes):
+    assert scale_of(load(write(FACTORS, {"lora_adapter_metadata": notes}), shapes)) == 1
+
+
 @pytest.mark.parametrize(
     ("config", "scale"), [({"r": 4, "lora_alpha": 8}, 2), ({"r": 4, "lora_alpha": 8, "use_rslora": True}, 4), ({"r": 16, "lora_alpha": 8}, 1), ({}, 1)]
 )
@@ -144,6 +165,11 @@ def test_scale_of_a_peft_folder(tmp_path, write, shapes, config, scale):
     write(FACTORS).rename(tmp_path / "peft" / "adapter_model.safetensors")
     (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(config))
     assert scale_of(load(tmp_path / "peft", shapes)) == scale
+    torch.save(load_file(tmp_path / "peft" / "adapter_model.safetensors"), tmp_path / "peft" / "adapter_model.bin")
+    assert scale_of(load(tmp_path / "peft" / "adapter_model.bin", shapes)) == scale
+    (tmp_path / "peft" / "adapter_config.json").write_text("[" * 10**5)
+    with pytest.raises(LoraError, match="not readable JSON"):
+        load(tmp_path / "peft", shapes)
 
 
 @pytest.mark.parametrize("values", [{"rank": "MOVATrain", "alpha": 16.0}, {"rank": 4, "alpha": "16"}, {"rank": 4, "alpha": float("nan")}, {"rank": True}, {}])
@@ -173,6 +199,8 @@ def test_folders(tmp_path, write, shapes):
         load(tmp_path / "run", shapes)
     with pytest.raises(LoraError, match="is not there"):
         load(tmp_path / "nowhere", shapes)
+    with pytest.raises(LoraError, match="cannot be read"):
+        load(tmp_path / ("x" * 5000), shapes)
 
 
 def test_the_file_that_the_trainer_left_empty(shapes):
@@ -203,6 +231,9 @@ def test_stored_dtypes(write, shapes, dtype):
         ({"ss_tag_frequency": "[1, 2"}, ""),
         ({"ss_tag_frequency": "[1, 2]"}, ""),
         ({"ss_tag_frequency": '{"a": {"b": "many"}}'}, ""),
+        ({"ss_tag_frequency": '{"a": {"b": 1e999}}'}, ""),
+        ({"ss_tag_frequency": f'{{"a": {{"b": {HUGE}}}}}'}, ""),
+        ({"ss_tag_frequency": "[" * 10**5}, ""),
         ({}, ""),
     ],
 )
@@ -255,6 +286,7 @@ DAMAGE = {
     "tucker": (FACTORS | {"lora_mid.weight": draw(4, 4, 1, 1)}, "a Tucker decomposition"),
     "oft": ({"oft_blocks": draw(4, 8, 8)}, "OFT"),
     "integers": (FACTORS | {"lora_A.weight": torch.ones(4, 80, dtype=torch.int8)}, "no plain numbers"),
+    "two names": (FACTORS | {"lora_A.other.weight": draw(4, 80), "lora_B.other.weight": draw(176, 4)}, "two adapters"),
     "huge rank": ({"lora_A.weight": draw(9000, 80), "lora_B.weight": draw(80, 9000)}, "changes a tensor of 80 x 80"),
 }
 
@@ -275,6 +307,10 @@ def test_an_archive_that_is_not_what_it_seems(tmp_path, shapes):
     torch.save({f"{path}.lora_A": torch.zeros(1).expand(10**6, 10**6), f"{path}.lora_B": draw(176, 4)}, tmp_path / "wide.pt")
     with pytest.raises(LoraError, match="no plain tensor"):
         load(tmp_path / "wide.pt", shapes)
+    numbers = torch.zeros(10**4)
+    torch.save({f"{path}.{i}.lora_A": numbers[i:] for i in range(100)}, tmp_path / "again.pt")
+    with pytest.raises(LoraError, match="times the numbers it holds"):
+        load(tmp_path / "again.pt", shapes)
     buffer = io.BytesIO()
     torch.save({f"{path}.lora_A": torch.zeros(4, 80), f"{path}.lora_B": torch.zeros(176, 4)}, buffer)
     with zipfile.ZipFile(buffer) as plain, zipfile.ZipFile(tmp_path / "small.pt", "w", zipfile.ZIP_DEFLATED) as packed:

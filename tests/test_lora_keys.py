@@ -104,6 +104,8 @@ def test_diffusers_file_of_both_experts(tmp_path, shapes, factors):
         ("robot-low-r64", ["low"]),
         ("robot_H", ["high"]),
         ("wan22_L_robot", ["low"]),
+        ("robot-HN", ["high"]),
+        ("robot_LN_v2", ["low"]),
         ("robot", ["high", "low"]),
         ("high_quality_robot", ["high", "low"]),
         ("slow_motion_highlights", ["high", "low"]),
@@ -192,6 +194,12 @@ def test_a_text_to_video_lora_has_another_patch_embedding(tmp_path, shapes, fact
         tmp_path / "t2v.safetensors",
     )
     assert load(tmp_path / "t2v.safetensors", shapes).report.unmatched == ("patch_embedding",)
+
+
+def test_one_layer_under_two_names(tmp_path, shapes, factors):
+    twice = factors | {f"diffusion_model.{path}": (down.clone(), up.clone()) for path, (down, up) in factors.items()}
+    with pytest.raises(LoraError, match=r"changes one layer twice, as blocks.* and as diffusion_model"):
+        load(loras.write_lora(tmp_path / "twice.safetensors", twice, name="{}"), shapes)
 
 
 def test_a_misshapen_layer_is_named(tmp_path, shapes, factors):

@@ -284,7 +284,7 @@ def test_the_sound_counts_by_its_share(pack, drawn, pick, monkeypatch):
 
     def check_sound(encoder, waveform, rate, wanted, on_step):
         asked.append((encoder, waveform.shape[:2], rate, wanted))
-        return [SimpleNamespace(score=float(torch.equal(waveform[0], voice(1))))]
+        return [SimpleNamespace(score=float(torch.equal(waveform[0], voice(1))), found=("rain",), remarks=())]
 
     monkeypatch.setattr(pack.takes, "check_sound", check_sound)
     monkeypatch.setattr(pack.takes, "placed", nullcontext)
@@ -302,6 +302,17 @@ def test_a_real_ear_listens_to_every_take(pick, run, folder):
     *_, scores, _ = pick(*latents(1, 5), cat_encoder=ear, wanted_sounds="speech", face_landmarks="none")
     heard = [take["sound"] for take in json.loads(scores)["takes"]]
     assert all(0 <= score <= 1 for score in heard) and len(heard) == 2
+
+
+@pytest.mark.parametrize("wanted, said", [("", "wanted_sounds is empty"), (" \n", "wanted_sounds is empty"), ("zxqy", "not known as a sound: zxqy")])
+def test_an_ear_that_is_told_no_sound_does_not_count(drawn, pick, run, folder, wanted, said):
+    drawn(drawn_film(5)[1])
+    write_demo_encoder(folder / "audio_encoders" / "ear.safetensors")
+    ear, *_ = run("CATLoadEncoder", encoder="ear.safetensors")
+    *_, index, scores, _ = pick(*latents(1, 5), cat_encoder=ear, wanted_sounds=wanted, sound_share=1.0)
+    told = json.loads(scores)
+    assert index == 1 and [take["sound"] for take in told["takes"]] == [None, None]
+    assert len(told["notes"]) == 1 and said in told["notes"][0]
 
 
 def test_without_any_judge_the_first_take_is_given_out(pick):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import sys
 from types import SimpleNamespace
@@ -154,6 +155,15 @@ def test_a_damaged_file_is_one_sentence(load, models, lora_error):
             load("cut.safetensors")
     finally:
         (models / "loras" / "cut.safetensors").unlink()
+
+
+def test_a_file_that_is_replaced_is_read_again(nodes, models):
+    fingerprint, file = nodes["MOVALoadLora"].fingerprint_inputs, models / "loras" / "trained" / "lora_weights.pt"
+    before = fingerprint(lora_name="trained/lora_weights.pt", expert="auto")
+    assert before == fingerprint(lora_name="trained/lora_weights.pt", audio=0.0)
+    os.utime(file, (1, 1))
+    assert fingerprint(lora_name="trained/lora_weights.pt") != before
+    assert fingerprint(lora_name="nowhere.safetensors") is None and fingerprint() is None  # a name that comes over a link
 
 
 def test_estimate_and_sampling_take_the_adapted_model(nodes, load):

@@ -288,23 +288,25 @@ def interrupt(now):
         raise KeyboardInterrupt
 
 
-def test_out_of_memory_keeps_fewer_layers_and_goes_on(streaming, tiny_mova, loop, expected, monkeypatch, caplog):
-    denoiser = streaming(tiny_mova, own=4)
+def test_out_of_memory_keeps_fewer_layers_and_goes_on(tiny_mova, loop, monkeypatch, caplog):
+    denoiser = mova.load_denoiser(tiny_mova, dtype=torch.bfloat16, residency="resident")
+    expected = mova.sample(denoiser, **loop)
     forward, failures = type(denoiser.prepare(loop["video_noise"], loop["audio_noise"], loop["condition"], [], [], 24.0)).forward, []
 
     def fails_twice(run, *args):
         if len(failures) < 2:
             failures.append(1)
-            raise torch.OutOfMemoryError("CUDA out of memory (as it were)")
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory (as it were)")
         return forward(run, *args)
 
     monkeypatch.setattr("mova.denoiser.JointRun.forward", fails_twice)
     with caplog.at_level("WARNING", logger="mova"):
         assert_equal(mova.sample(denoiser, **loop), expected)
     assert [record.message.count("ran out of memory") for record in caplog.records] == [1, 1]
-    assert len(denoiser.residency.placement.own) == 1
-    failures.clear()
-    monkeypatch.setattr("mova.denoiser.JointRun.forward", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("always")))
+    assert len(denoiser.residency.placement.own) == len(denoiser.residency.own) == 1 and "1 of 4 layers stay" in denoiser.report().why
+    assert_equal(mova.sample(denoiser, **loop), expected)
+    assert len(denoiser.residency.placement.own) == 1, "the next run does not try in vain again"
+    monkeypatch.setattr("mova.denoiser.JointRun.forward", lambda *args: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError("always")))
     with pytest.raises(SamplingError, match="too little memory"):
         mova.sample(denoiser, **loop)
 

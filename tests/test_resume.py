@@ -1,5 +1,6 @@
 """A run that was interrupted, or killed, goes on to the same clip bit for bit; a kept run of another kind is refused."""
 
+import json
 import os
 import shutil
 import signal
@@ -7,14 +8,16 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import mova
 from mova import InputError, Lora, Resume
-from mova.resume import KEPT_RUNS
+from mova.resume import KEPT_RUNS, KEY, identify_checkpoint
 
 
 class Stopped(Exception):
@@ -88,6 +91,7 @@ OTHERS = {
     "prompt": ({"context": lambda x: x + 1}, "the prompt is another"),
     "picture": ({"condition": lambda x: x + 1}, "the picture, or the size, is another"),
     "seed": ({"video_noise": lambda x: x.flip(0) * -1}, "the seed, or the size, is another"),
+    "number": ({"fps": 25.0}, "fps is 24.0 there and 25.0 here"),
 }
 
 
@@ -113,6 +117,10 @@ def test_other_weights_dtype_and_loras_are_other_runs(denoiser, tiny_mova, loop,
         mova.sample(denoiser, **loop, resume=Resume(file, 1), on_step=stop_behind(1))
     with pytest.raises(InputError, match=r"dtype is torch.float32 there and torch.bfloat16 here"):
         mova.sample(mova.load_denoiser(tiny_mova, dtype=torch.bfloat16), **loop, resume=Resume(file))
+    exact = mova.load_denoiser(tiny_mova)
+    exact.attention = "math"
+    with pytest.raises(InputError, match="attention is auto there and math here"):
+        mova.sample(exact, **loop, resume=Resume(file))
     lora = {"video_dit.blocks.0.self_attn.q.lora_A.weight": torch.randn(2, denoiser.parts.experts["high"].config.dim)}
     lora["video_dit.blocks.0.self_attn.q.lora_B.weight"] = torch.randn(denoiser.parts.experts["high"].config.dim, 2)
     save_file(lora, tmp_path / "lora.safetensors")
@@ -128,7 +136,40 @@ def test_other_weights_dtype_and_loras_are_other_runs(denoiser, tiny_mova, loop,
     assert torch.equal(found[0], expected[0])
 
 
-@pytest.mark.parametrize("damage", ["cut", "text", "empty", "foreign", "pickle"])
+def test_a_change_in_the_middle_of_a_large_file_is_another_checkpoint(tiny_mova, tmp_path, monkeypatch):
+    monkeypatch.setattr("mova.resume.PROBE", 64)  # the files are as large for it as the released ones are
+    shutil.copytree(tiny_mova, tmp_path / "copied", copy_function=shutil.copyfile)
+    weights = next((tmp_path / "copied" / "video_dit_2").glob("*.safetensors"))
+    tensors = load_file(weights)
+    assert identify_checkpoint(tmp_path / "copied") == identify_checkpoint(tiny_mova)
+    tensors["blocks.2.self_attn.q.weight"] += 1
+    save_file(tensors, weights, {"format": "pt"})
+    before = next((tiny_mova / "video_dit_2").glob("*.safetensors"))
+    assert weights.stat().st_size == before.stat().st_size and weights.read_bytes()[:64] == before.read_bytes()[:64]
+    assert identify_checkpoint(tmp_path / "copied") != identify_checkpoint(tiny_mova)
+
+
+def rewrite(file, **changes):
+    """The same latents, with other values in the JSON."""
+    with safe_open(file, "pt") as stored:
+        told = json.loads(stored.metadata()[KEY])
+    save_file(load_file(file), file, {KEY: json.dumps(told | changes)})
+
+
+@pytest.mark.parametrize("changes", [{"done": -1}, {"done": 3}, {"done": "1"}, {"done": None}, {"digest": "0"}, {"identity": []}], ids=str)
+def test_a_file_that_was_changed_is_refused(denoiser, loop, tmp_path, changes):
+    file = tmp_path / "run.safetensors"
+    with pytest.raises(Stopped):
+        mova.sample(denoiser, **loop, resume=Resume(file, 1), on_step=stop_behind(0))
+    rewrite(file)
+    with pytest.raises(Stopped):  # written again as it was, it is gone on with
+        mova.sample(denoiser, **loop, resume=Resume(file, 1), on_step=stop_behind(1))
+    rewrite(file, **changes)
+    with pytest.raises(InputError, match="no run that can be resumed"):
+        mova.sample(denoiser, **loop, resume=Resume(file))
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "empty", "foreign", "pickle", "one bit", "nested"])
 def test_a_damaged_file_is_refused(denoiser, loop, tmp_path, damage):
     file = tmp_path / "run.safetensors"
     with pytest.raises(Stopped):
@@ -136,8 +177,12 @@ def test_a_damaged_file_is_refused(denoiser, loop, tmp_path, damage):
     whole = file.read_bytes()
     if damage == "foreign":
         save_file({"weight": torch.zeros(3)}, file)
+    elif damage == "nested":
+        save_file(load_file(file), file, {KEY: "[" * 10**5})
     else:
-        file.write_bytes({"cut": whole[: len(whole) // 2], "text": b"<html>", "empty": b"", "pickle": b"\x80\x04cos\nsystem\n."}[damage])
+        flipped = whole[:-500] + bytes([whole[-500] ^ 1]) + whole[-499:]
+        parts = {"cut": whole[: len(whole) // 2], "text": b"<html>", "empty": b"", "pickle": b"\x80\x04cos\nsystem\n.", "one bit": flipped}
+        file.write_bytes(parts[damage])
     with pytest.raises(InputError, match="no run that can be resumed"):
         mova.sample(denoiser, **loop, resume=Resume(file))
 
@@ -155,6 +200,23 @@ def test_where_it_cannot_be_kept(denoiser, loop, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr("mova.resume.save_file", full)
     found = mova.sample(denoiser, **loop, resume=Resume(tmp_path / "run.safetensors", 1))
     assert torch.equal(found[0], expected[0]) and "the run goes on without" in caplog.text and not list(tmp_path.iterdir())
+
+
+def test_a_file_that_cannot_be_deleted_costs_no_clip(denoiser, loop, tmp_path, caplog, monkeypatch):
+    def locked(*_, **__):
+        raise PermissionError(13, "in use by another program")
+
+    monkeypatch.setattr("pathlib.Path.unlink", locked)
+    found, expected = mova.sample(denoiser, **loop, resume=Resume(tmp_path / "run.safetensors", 1)), mova.sample(denoiser, **loop)
+    assert torch.equal(found[0], expected[0]) and "cannot be deleted" in caplog.text
+
+
+def test_numbers_of_numpy_and_a_path_in_words(denoiser, loop, tmp_path):
+    given = loop | {"steps": np.int64(4), "fps": np.float32(24)}
+    with pytest.raises(Stopped):
+        mova.sample(denoiser, **given, resume=Resume(str(tmp_path / "run.safetensors"), 1), on_step=stop_behind(1))
+    _, seen = steps_of(lambda on_step: mova.sample(denoiser, **loop, resume=Resume(tmp_path / "run.safetensors"), on_step=on_step))
+    assert seen == [2, 3]
 
 
 def test_a_folder_keeps_the_newest(denoiser, loop, tmp_path):

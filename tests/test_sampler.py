@@ -141,7 +141,8 @@ class Stop(BaseException):
 
 
 @pytest.mark.parametrize("residency", ["resident", "stream"])
-def test_cancel_between_layers_leaves_a_working_model(tiny_mova, loop, residency):
+def test_cancel_between_layers_leaves_a_working_model(tiny_mova, loop, residency, monkeypatch):
+    monkeypatch.delattr(torch, "OutOfMemoryError", raising=False)  # PyTorch 2.4 has it as torch.cuda's only
     denoiser = mova.load_denoiser(tiny_mova, residency=residency)
     expected = mova.sample(denoiser, **loop)[0]
     calls = []

@@ -17,6 +17,7 @@ from .verdict import KINDS, PLAUSIBLE, kind_of
 FULL_SCORE = {"motion": 0.6, "syncnet": 10.0}  # what very good takes reach: 1 on the scale on which takes are compared
 CELL = 320  # px, the width of a take on the sheet
 GAP = 12  # px
+LINES, LEADING = 3, TEXT + 4  # below each take, and px from one to the next
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Take:
     lag_ms: float = 0.0
     sync: float | None = None
     sound: float | None = None
+    remarks: tuple[str, ...] = ()  # what was not judged, and why
 
     def total(self, sound_share: float) -> float:
         """0..1: the share of the sound, and the rest of the lips; all of one where only that was asked. A tie at 0 where nothing was."""
@@ -47,13 +49,18 @@ def rate_sync(report: Report) -> float:
 
 
 def describe_takes(takes: list[Take], best: int, sound_share: float) -> str:
-    """All scores as JSON, takes numbered from 1."""
+    """All scores as JSON, takes numbered from 1, and in `notes` what was not judged."""
     rows = [
         {"take": number, "seed": take.seed, "total": tidy(take.total(sound_share)), "lip_sync": tidy(take.sync), "verdict": take.verdict}
         | {"lag_ms": tidy(take.lag_ms, 1), "sound": tidy(take.sound)}
         for number, take in enumerate(takes, 1)
     ]
-    return json.dumps({"best": best + 1, "takes": rows}, indent=2)
+    return json.dumps({"best": best + 1, "takes": rows, "notes": gather_remarks(takes)}, indent=2)
+
+
+def gather_remarks(takes: list[Take]) -> list[str]:
+    """The remarks on all takes, each once."""
+    return list(dict.fromkeys(remark for take in takes for remark in take.remarks))
 
 
 def tidy(value: float | None, digits: int = 4) -> float | None:
@@ -65,7 +72,7 @@ def draw_sheet(takes: list[Take], best: int, sound_share: float) -> Image.Image:
     columns = math.ceil(math.sqrt(len(takes)))
     rows = math.ceil(len(takes) / columns)
     height = max(round(CELL * take.picture.shape[0] / take.picture.shape[1]) for take in takes)
-    cell_height = height + 3 * TEXT + GAP
+    cell_height = height + LINES * LEADING + GAP
     sheet = Image.new("RGB", (columns * (CELL + GAP) + GAP, rows * (cell_height + GAP) + GAP), PAPER)
     draw = ImageDraw.Draw(sheet)
     for number, take in enumerate(takes):
@@ -76,12 +83,14 @@ def draw_sheet(takes: list[Take], best: int, sound_share: float) -> Image.Image:
         chosen = number == best
         if chosen:
             draw.rectangle([left - 4, top - 4, left + CELL + 3, top + cell_height], outline=LINE, width=4)
-        write(draw, (left + 4, top + height + 6), caption(number, take, sound_share), TEXT, LINE if chosen else INK)
-        write(draw, (left + 4, top + height + 10 + TEXT), take.verdict or "lips not checked", TEXT, PALE)
+        for row, text in enumerate(captions(number, take, sound_share)):
+            write(draw, (left + 4, top + height + 6 + row * LEADING), text, TEXT, PALE if row else LINE if chosen else INK)
     return sheet
 
 
-def caption(number: int, take: Take, sound_share: float) -> str:
-    seed = "" if take.seed is None else f"  seed {take.seed}"
-    sound = "" if take.sound is None else f"  sound {take.sound:.2f}"
-    return f"{number + 1}:  {take.total(sound_share):.2f}{sound}{seed}"
+def captions(number: int, take: Take, sound_share: float) -> tuple[str, str, str]:
+    """Number and scores, verdict, seed: lines of their own, as a random seed has 20 digits."""
+    parts = {"lips": take.sync, "sound": take.sound}
+    told = ", ".join(f"{name} {score:.2f}" for name, score in parts.items() if score is not None)
+    seed = "" if take.seed is None else f"seed {take.seed}"
+    return f"{number + 1}:  {take.total(sound_share):.2f}{f'   ({told})' if told else ''}", take.verdict or "lips not checked", seed

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 METHODS = ("auto", "syncnet", "motion")
 WINDOW = 40.0  # ms, SyncNet's frame
+LOWEST_RATE = 4000  # Hz: below it lies half of the band of the voice, and a wrong rate would make hours of a clip
 MISFIT = 0.05, 0.25  # share and seconds by which sound and picture may differ in length before the frame rate is doubted
 
 
@@ -73,6 +74,8 @@ def read_sound(waveform: torch.Tensor | None, sample_rate: int) -> torch.Tensor:
     if waveform is None or waveform.ndim != 2 or not waveform.numel():
         given = "no sound" if waveform is None else f"a sound of shape {list(waveform.shape)}"
         raise InputError(f"There is {given} beside the picture: [channels, samples] is needed.")
+    if isinstance(sample_rate, int) and 0 < sample_rate < LOWEST_RATE:
+        raise InputError(f"The sound has {sample_rate} samples a second: voices need {LOWEST_RATE} or more. Is that its rate?")
     if not torch.isfinite(waveform).all():
         raise InputError("The sound holds NaN or infinite values: the model or the decoder left the range of numbers (try float32).")
     return resample(waveform.detach().float().cpu().mean(dim=0)[None, None], sample_rate, SOUND_RATE)[0]

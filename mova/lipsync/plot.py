@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..media import choose_format, new_file
 from .face import Array
-from .report import Report
-from .verdict import CENTRE, REACH, THRESHOLDS
+from .report import Face, Report
+from .verdict import CENTRE, REACH, SHIFT_THRESHOLDS, THRESHOLDS
 
 PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 SIZE = 960, 540
@@ -30,11 +30,17 @@ def draw_report(report: Report) -> Image.Image:
     draw = ImageDraw.Draw(picture)
     write(draw, (30, 20), headline(report), TITLE)
     write(draw, (30, 56), subtitle(report), TEXT, PALE)
-    draw_time(draw, report)
+    shown = shown_face(report)
+    draw_time(draw, report, shown)
     draw_lag(draw, report)
-    if report.face and report.face.portrait:
-        paste_face(picture, report.face.portrait)
+    if shown and shown.portrait:
+        paste_face(picture, shown.portrait)
     return picture
+
+
+def shown_face(report: Report) -> Face | None:
+    """The speaking face; where none could be judged, the one that is seen most."""
+    return report.face or max(report.faces, key=lambda face: face.coverage, default=None)
 
 
 def check_plot(path: Path) -> None:
@@ -60,7 +66,7 @@ def subtitle(report: Report) -> str:
     return f"{name} {report.score:.2f}, lag {report.lag_ms:+.0f} ms, face in {report.face.coverage:.0%} of {report.frames} frames{among}"
 
 
-def draw_time(draw: ImageDraw.ImageDraw, report: Report) -> None:
+def draw_time(draw: ImageDraw.ImageDraw, report: Report, shown: Face | None) -> None:
     """Opening of the mouth and loudness of the voice, each in its own unit, over the time of the picture."""
     frame(draw, TIME_PANEL)
     times = np.array(report.times)
@@ -69,7 +75,6 @@ def draw_time(draw: ImageDraw.ImageDraw, report: Report) -> None:
     heard = (middles >= span[0]) & (middles <= span[1])
     if heard.any():
         draw_curve(draw, TIME_PANEL, span, middles[heard], unit_scale(report.envelope[heard]), VOICE)
-    shown = report.face or max(report.faces, key=lambda face: face.coverage, default=None)
     if shown:
         draw_curve(draw, TIME_PANEL, span, times, unit_scale(shown.opening), MOUTH)
     left, top, right, bottom = TIME_PANEL
@@ -82,19 +87,19 @@ def draw_time(draw: ImageDraw.ImageDraw, report: Report) -> None:
 
 
 def draw_lag(draw: ImageDraw.ImageDraw, report: Report) -> None:
-    """Agreement by lag; the band is where sound that is in sync lies, the line across is what a verdict needs."""
+    """Agreement by lag; the band is where sound that is in sync lies, the line across is what a verdict needs, more out of the band than in it."""
     agreement = report.face.agreement if report.face else None
     frame(draw, LAG_PANEL)
     left, top, right, bottom = LAG_PANEL
     if agreement is None:
         write(draw, (left + 12, top + 12), "no lag can be measured", TEXT, PALE)
         return
-    span, threshold = (agreement.lags[0], agreement.lags[-1]), THRESHOLDS[report.method]
-    low, high = min(agreement.curve.min(), 0.0), max(agreement.curve.max(), threshold) * 1.1
+    span, inside, outside = (agreement.lags[0], agreement.lags[-1]), THRESHOLDS[report.method], SHIFT_THRESHOLDS[report.method]
+    low, high = min(agreement.curve.min(), 0.0), max(agreement.curve.max(), outside) * 1.1
     x0, x1 = (left + (edge - span[0]) / (span[1] - span[0]) * (right - left) for edge in (CENTRE - REACH, CENTRE + REACH))
     draw.rectangle([x0, top + 1, x1, bottom - 1], fill=BAND)
-    needed = bottom - (threshold - low) / (high - low) * (bottom - top)
-    draw.line([(left, needed), (right, needed)], fill=PALE)
+    low_line, high_line = (bottom - (threshold - low) / (high - low) * (bottom - top) for threshold in (inside, outside))
+    draw.line([(left, high_line), (x0, high_line), (x0, low_line), (x1, low_line), (x1, high_line), (right, high_line)], fill=PALE)
     draw_curve(draw, LAG_PANEL, span, agreement.lags, (agreement.curve - low) / (high - low), LINE)
     write(draw, (left, top - 22), "agreement by lag (left: sound early, right: sound late)", TEXT, LINE)
     for lag in (span[0], 0, span[1]):

@@ -48,8 +48,11 @@ def split_layers(file: LoraFile) -> tuple[dict[str, dict[str, Tensor]], list[str
             raise LoraError(f"{file.path} holds {kind} ({key}), which is not read here: convert it to a plain LoRA, LoKr, LoHa or DoRA.")
         if (found := split_key(key)) is None:
             others.append(key)
-        else:
-            layers.setdefault(found[0], {})[found[1]] = tensor
+            continue
+        path, role = found
+        if role in layers.setdefault(path, {}):
+            raise LoraError(f"{file.path} holds two adapters for {path} ({key} is the second '{role}'): give a file with one.")
+        layers[path][role] = tensor
     return layers, others
 
 

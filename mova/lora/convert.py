@@ -6,6 +6,7 @@ beside every product, so that the scale needs no other file; and metadata.
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 from pathlib import Path
@@ -21,7 +22,7 @@ from .adapters import Adapter, read_adapter, split_layers
 from .files import ADAPTER_METADATA, LoraFile, read_lora_file
 from .keys import SECOND, LayerNames, name_layers, split_path
 from .places import Shapes, refuse_file
-from .report import EXPERT_METADATA, TRIGGERS, guess_expert, trigger_words
+from .report import EXPERT_METADATA, TRIGGERS, guess_expert, made_for_sound, trigger_words
 
 PREFIX = "diffusion_model"
 # Role of a tensor -> how its key ends.
@@ -46,6 +47,8 @@ def convert_lora(path: str | Path, out: str | Path, released: Shapes, *, alpha: 
         raise LoraError(f"{target}: the new file must end in .safetensors.")
     if target.exists():
         raise LoraError(f"{target} exists already: give a new name.")
+    if not math.isfinite(alpha or 0.0):
+        raise LoraError(f"alpha is {alpha}; a finite number is needed.")
     file = read_lora_file(path)
     tensors, left_out = rename_tensors(file, released, alpha)
     write_file(target, tensors, describe_origin(file))
@@ -86,6 +89,8 @@ def find_place(path: str, names: dict[str, LayerNames], both: bool) -> str | Non
 def rename_layer(place: str, roles: dict[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
     """The tensors of a layer by their new keys."""
     tensors = {f"{place}.{ENDINGS[role]}": tensor for role, tensor in roles.items() if role in ENDINGS}
+    if "magnitude" in roles and roles["magnitude"].ndim == 1:  # peft's; ComfyUI multiplies whole rows
+        tensors[f"{place}.{ENDINGS['magnitude']}"] = roles["magnitude"][:, None]
     if "modulation" in roles:
         tensors[f"{place}.modulation.diff"] = roles["modulation"]
     for delta in adapter.changes.get("weight", []):
@@ -102,6 +107,8 @@ def describe_origin(file: LoraFile) -> dict[str, str]:
     metadata = {key: value for key, value in file.metadata.items() if key != ADAPTER_METADATA}
     metadata |= {"format": "pt", "mova.source": file.label}
     expert, _ = guess_expert(file)
+    if expert == "both" and made_for_sound(file):
+        expert = "audio"
     if expert != "both":
         metadata[EXPERT_METADATA] = expert
     if words := trigger_words(file.metadata):

@@ -114,7 +114,7 @@ def change_rows(change: Change, roles: Roles, base: Tensor, rows: slice) -> Tens
     magnitude = roles["magnitude"].float()  # [out, 1], or [1, in] where columns are decomposed
     by_row = len(magnitude) == delta.shape[0]
     length = torch.linalg.vector_norm(wanted, dim=1 if by_row else 0, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    return wanted.mul_((magnitude[rows] if by_row else magnitude) / length).sub_(base).mul_(change.strength)
+    return wanted.div_(length).mul_(magnitude[rows] if by_row else magnitude).sub_(base).mul_(change.strength)  # in this order a row of zeros stays one
 
 
 def merge(weight: Tensor, changes: Sequence[tuple[Change, Roles]]) -> None:

@@ -30,8 +30,11 @@ BESIDE = ("lora_config.pt", "trainer_state.pt", "training_state.pt")  # what tra
 CONFIG, PEFT_CONFIG = "lora_config.pt", "adapter_config.json"
 ADAPTER_METADATA = "lora_adapter_metadata"  # of diffusers: the trainer's config as JSON, names with the component before them
 ARCHIVE = b"PK\x03\x04"
-HELD_AS = {torch.float64: torch.float32, torch.float8_e4m3fn: torch.bfloat16, torch.float8_e5m2: torch.bfloat16}  # others as they are
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, *HELD_AS)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
+COUNTS = (torch.int64, torch.int32, torch.int8, torch.uint8)  # what some trainers store alpha as
+HELD_AS = {torch.float8_e4m3fn: torch.bfloat16, torch.float8_e5m2: torch.bfloat16, **dict.fromkeys((torch.float64, *COUNTS), torch.float32)}
+LARGEST_NOTE = 1e38  # that a rank or an alpha may be to be taken for one
+SHARED = 4  # times that the tensors of an archive may use its bytes, on average: factors are shared among few layers
 # Everything that unpickling random bytes has been seen to raise; with weights_only none of it runs code.
 DAMAGE = (
     pickle.UnpicklingError,
@@ -58,7 +61,7 @@ class Scaling:
 
     def factor(self, rank: int | None) -> float | None:
         """alpha / rank; None where the notes are not about these tensors."""
-        numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) for value in (self.rank, self.alpha))
+        numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST_NOTE for value in (self.rank, self.alpha))
         if not numbers or self.rank != rank:
             return None
         return self.alpha / (math.sqrt(rank) if self.by_root else rank)
@@ -81,8 +84,12 @@ class LoraFile:
 
 def read_lora_file(path: str | Path) -> LoraFile:
     """A file, or the folder a trainer wrote. LoraError for one that is damaged, no LoRA at all, or would run code."""
-    file = find_file(Path(path))
-    tensors, metadata, scaling = read_archive(file) if is_archive(file) else read_safetensors(file)
+    try:
+        file = find_file(Path(path))
+        archive = is_archive(file)
+    except OSError as error:
+        raise LoraError(f"{str(path)[:300]} cannot be read ({error.strerror or error}).") from None
+    tensors, metadata, scaling = read_archive(file) if archive else read_safetensors(file)
     for key, tensor in tensors.items():
         check_finite(file, key, tensor)
     return LoraFile(file, tensors, metadata, scaling)
@@ -90,11 +97,13 @@ def read_lora_file(path: str | Path) -> LoraFile:
 
 def is_archive(file: Path) -> bool:
     """Whether torch.save may have written it."""
-    try:
-        with file.open("rb") as stream:
-            return stream.read(len(ARCHIVE)) == ARCHIVE
-    except OSError as error:
-        raise LoraError(f"{file} cannot be read ({error.strerror or error}).") from None
+    with file.open("rb") as stream:
+        return stream.read(len(ARCHIVE)) == ARCHIVE
+
+
+def takes(key: str, dtype: torch.dtype | None) -> bool:
+    """Whether a tensor of that name may hold numbers of that kind: alpha is sometimes counted."""
+    return dtype in FLOATS or (dtype in COUNTS and key.endswith(".alpha"))
 
 
 def holds_lora(keys: Collection[str]) -> bool:
@@ -141,7 +150,7 @@ def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str], Sca
     try:
         header = read_header(file)
         check_keys(file, header)
-        odd = [f"{key} is {entry.dtype}" for key, entry in header.items() if TORCH_DTYPES.get(entry.dtype) not in FLOATS]
+        odd = [f"{key} is {entry.dtype}" for key, entry in header.items() if not takes(key, TORCH_DTYPES.get(entry.dtype))]
         if odd:
             raise LoraError(f"{file} holds {len(odd)} tensors that are no plain numbers (first: {odd[0]}): it is quantized, or no LoRA.")
         with open_safetensors(file) as handle:
@@ -176,7 +185,7 @@ def read_adapter_metadata(metadata: dict[str, str]) -> Scaling | None:
     try:
         values = json.loads(metadata[ADAPTER_METADATA])
         found = {name.rpartition(".")[2]: value for name, value in values.items()}
-    except (KeyError, ValueError, AttributeError):
+    except (KeyError, ValueError, AttributeError, RecursionError):
         return None
     return Scaling(found.get("r"), found.get("lora_alpha"), bool(found.get("use_rslora")))
 
@@ -186,8 +195,7 @@ def read_adapter_metadata(metadata: dict[str, str]) -> Scaling | None:
 
 def read_archive(file: Path) -> tuple[dict[str, Tensor], dict[str, str], Scaling | None]:
     """MOVA's trainers: {lora_state_dict, rank, alpha, ...}, or a flat dict with lora_config.pt beside it."""
-    content = load_archive(file)
-    scaling = None
+    content, scaling = load_archive(file), read_peft_config(file)
     if isinstance(content.get("lora_state_dict"), dict):
         content, scaling = content["lora_state_dict"], Scaling(content.get("rank"), content.get("alpha"))
     elif (file.parent / CONFIG).is_file():
@@ -198,7 +206,8 @@ def read_archive(file: Path) -> tuple[dict[str, Tensor], dict[str, str], Scaling
     if content and not tensors:
         raise LoraError(f"{file} holds no tensors by name (first entry: {str(next(iter(content)))[:80]!r}): it is no LoRA.")
     check_keys(file, tensors)
-    return {key: hold_checked(file, key, tensor) for key, tensor in tensors.items()}, {}, scaling
+    check_tensors(file, tensors)
+    return {key: hold(tensor) for key, tensor in tensors.items()}, {}, scaling
 
 
 def load_archive(file: Path) -> dict:
@@ -227,12 +236,15 @@ def check_archive(file: Path) -> None:
         raise LoraError(f"{file} is a compressed archive, which torch.save never writes: it is no LoRA.")
 
 
-def hold_checked(file: Path, key: str, tensor: Tensor) -> Tensor:
-    """As `hold`; LoraError for tensors that are not what they seem, such as one number shown as a terabyte."""
-    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.dtype in FLOATS
-    if not plain or tensor.numel() * tensor.element_size() > file.stat().st_size:
-        raise LoraError(f"{file}: {key} is no plain tensor of numbers ({tensor.dtype}, {list(tensor.shape)}): the file is damaged, or no LoRA.")
-    return hold(tensor)
+def check_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    """LoraError for tensors that are not what they seem, such as one number shown as a terabyte."""
+    size = file.stat().st_size
+    for key, tensor in tensors.items():
+        plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and takes(key, tensor.dtype)
+        if not plain or tensor.numel() * tensor.element_size() > size:
+            raise LoraError(f"{file}: {key} is no plain tensor of numbers ({tensor.dtype}, {list(tensor.shape)}): the file is damaged, or no LoRA.")
+    if (shown := sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())) > SHARED * size:
+        raise LoraError(f"{file} shows {shown / size:,.0f} times the numbers it holds: the file is damaged, or no LoRA.")
 
 
 def first_line(error: BaseException) -> str:

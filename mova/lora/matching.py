@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class Lora:
 
     def __post_init__(self) -> None:
         numbers = {"alpha": self.alpha or 0.0, **{f"the strength of {part}": self.strength(part) for part in PARTS}}
-        if wrong := [f"{name} is {value}" for name, value in numbers.items() if not math.isfinite(value)]:
+        if wrong := [f"{name} is {value!r}" for name, value in numbers.items() if not (isinstance(value, Real) and math.isfinite(value))]:
             raise LoraError(f"{self.path}: {wrong[0]}; a finite number is needed.")
         if self.expert not in CHOICES:
             raise LoraError(f"{self.path}: expert is {self.expert!r}; choose {', '.join(CHOICES)}.")
@@ -78,6 +79,7 @@ def match_lora(file: LoraFile, lora: Lora, shapes: Shapes) -> LoadedLora:
     matched: list[Adapter] = []
     unmatched: list[str] = []
     changes: Changes = {part: {} for part in PARTS}
+    changed: dict[tuple[str, str], str] = {}  # tensor -> path of the adapter that changes it
     for adapter in adapters:
         found = places.find(adapter)
         if found is None:
@@ -86,6 +88,8 @@ def match_lora(file: LoraFile, lora: Lora, shapes: Shapes) -> LoadedLora:
         matched.append(adapter)
         for part, deltas in found.items():
             for name, delta in deltas:
+                if (other := changed.setdefault((part, name), adapter.path)) != adapter.path:
+                    raise LoraError(f"{file.path} changes one layer twice, as {other} and as {adapter.path}: it is damaged, or two LoRAs in one.")
                 if strength := lora.strength(part):
                     changes[part].setdefault(name, []).append(Change(delta, strength))
     unmatched += others

@@ -12,11 +12,11 @@ from .files import LoraFile
 
 TOWERS = {"high": "video high", "low": "video low", "audio": "audio", "bridge": "bridge"}
 SHOWN = 3  # unmatched keys that are named
-EXPERT_METADATA = "mova.expert"  # of files that `convert-lora` wrote: what the original's name told
+EXPERT_METADATA = "mova.expert"  # of files that `convert-lora` wrote: what the original's name told (high, low, both or audio)
 NOT_NOISE = r"(?![ ._-]?(?:res|quality|detail|def|contrast|fidelity|light|speed|fps|poly|key|angle|heel|rank|vram|step))"  # "high" of something else
 NOISE_LEVELS = {
-    "high": re.compile(rf"(?i:high[ ._-]?noise|(?<![a-z])high(?![a-z]){NOT_NOISE})|(?<=[ ._-])H(?=$|[ ._-])"),
-    "low": re.compile(rf"(?i:low[ ._-]?noise|(?<![a-z])low(?![a-z]){NOT_NOISE})|(?<=[ ._-])L(?=$|[ ._-])"),
+    "high": re.compile(rf"(?i:high[ ._-]?noise|(?<![a-z])high(?![a-z]){NOT_NOISE})|(?<=[ ._-])HN?(?=$|[ ._-])"),
+    "low": re.compile(rf"(?i:low[ ._-]?noise|(?<![a-z])low(?![a-z]){NOT_NOISE})|(?<=[ ._-])LN?(?=$|[ ._-])"),
 }
 NAMING = ("ss_output_name", "modelspec.title", "name")  # metadata that may tell what the file's name no longer does
 TRIGGERS = ("modelspec.trigger_phrase", "ss_trigger_words", "trigger_words", "trigger_word", "trigger_phrase", "activation text", "instance_prompt")
@@ -83,8 +83,8 @@ def guess_expert(file: LoraFile) -> tuple[str, str]:
 
 
 def made_for_sound(file: LoraFile) -> bool:
-    """Whether a file's name speaks of the audio tower."""
-    return re.search(r"(?i)(?<![a-z])audio(?![a-z])", file.label) is not None
+    """Whether a file's metadata or name speaks of the audio tower."""
+    return file.metadata.get(EXPERT_METADATA) == "audio" or re.search(r"(?i)(?<![a-z])audio(?![a-z])", file.label) is not None
 
 
 def trigger_words(metadata: Mapping[str, str]) -> str:
@@ -101,8 +101,8 @@ def frequent_tags(text: str) -> list[str]:
         folders = json.loads(text)
         counts: Counter[str] = Counter()
         for tags in folders.values():
-            counts.update({tidy(tag): int(count) for tag, count in tags.items()})
-    except (ValueError, TypeError, AttributeError):
+            counts.update({tidy(tag): float(count) for tag, count in tags.items()})
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return []
     most = max(counts.values(), default=0)
     return [tag for tag, count in counts.most_common(MOST_WORDS) if tag and count > 0.9 * most]

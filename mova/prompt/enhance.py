@@ -20,7 +20,7 @@ from .guards import clean_answer, part_sound, restore_lines, shorten, strip_thou
 from .instructions import LOOK, leaks, look_question, repair_question, write_question, write_rules
 from .length import LONGEST, Count, Draft, estimate_tokens, fit_length
 from .quotes import HELD, Lines, lines_of, quoted
-from .template import NO_SUBTITLES, compose, describe_sound, part_sentences
+from .template import NO_SUBTITLES, compose, describe_sound, part_sentences, sentence
 
 log = logging.getLogger("mova")
 
@@ -98,7 +98,7 @@ def enhance_prompt(
     except PromptError as error:
         if on_failure == "error":
             raise
-        draft, notes = compose_draft(held, seed, sees), [f"The template was used, because {str(error).rstrip('.')}."]
+        draft, notes = compose_draft(held, seed, sees), [sentence(f"The template was used, because {error}")]
     return finish(draft, lines, elements, notes, max_tokens, count, no_subtitles)
 
 
@@ -185,7 +185,7 @@ def reduce_picture(image: torch.Tensor | str | Path) -> Image.Image:
     """The first picture, at most 1024 px wide and high. Large ones are thinned out before anything is computed with their pixels."""
     if isinstance(image, (str, Path)):
         image = open_reduced(image, 2 * PICTURE_SIDE)
-    frame = image[0] if isinstance(image, torch.Tensor) and image.ndim == 4 else image
+    frame = image[0] if isinstance(image, torch.Tensor) and image.ndim == 4 and len(image) else image
     if isinstance(frame, torch.Tensor) and frame.ndim >= 2:
         step = max(1, max(frame.shape[:2]) // (2 * PICTURE_SIDE))
         frame = frame[::step, ::step]

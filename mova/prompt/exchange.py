@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -44,8 +44,10 @@ class Exchange:
 
     def text(self, on_wait: Callable[[], None]) -> Iterator[str]:
         """Pieces of text. on_wait is called ten times a second in the calling thread and may raise; the connection is closed then. ServiceError."""
-        pool = ThreadPoolExecutor(1, thread_name_prefix="mova-prompt")
-        job, last = pool.submit(self.post), time.monotonic()
+        job: Future[None] = Future()
+        # A daemon: a connection that is being made cannot be woken, and Python shall not wait for it at its end.
+        threading.Thread(target=self.run, args=(job,), name="mova-prompt", daemon=True).start()
+        last = time.monotonic()
         try:
             while True:
                 on_wait()
@@ -60,7 +62,6 @@ class Exchange:
                     raise ServiceError(f"{host_of(self.url)} has not said a word for {self.timeout:g} seconds: is it overloaded? A longer timeout can be set.")
         finally:
             self.stop()
-            pool.shutdown(wait=False)
 
     def stop(self) -> None:
         """Wakes the thread that waits on the network, wherever it waits."""
@@ -72,6 +73,12 @@ class Exchange:
                 pass  # closed already
 
     # ---------------------------------------------------------------- in the thread
+
+    def run(self, job: Future[None]) -> None:
+        try:
+            job.set_result(self.post())
+        except BaseException as error:  # of whatever kind: it is raised in the calling thread
+            job.set_exception(error)
 
     def post(self) -> None:
         connection, target = connect(self.url)

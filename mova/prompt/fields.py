@@ -108,7 +108,7 @@ SCRIPT_LINE = re.compile(
     r"(?P<speaker>[^:：()（）\[\]【】.!?。！？\"“”「」«»]{1,80}?)\s*"
     r"(?:[(（](?P<language>[^)）]{1,40})[)）]\s*)?"
     r"(?:[\[【](?P<when>[^\]】]{1,80})[\]】]\s*)?"
-    r"[:：]\s*(?P<text>.+)"
+    r"(?:(?<!\d)[:：]|[:：](?!\d))\s*(?P<text>.+)"  # no colon of a time: "Meet me at 10:30."
 )  # fmt: skip
 
 

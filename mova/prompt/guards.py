@@ -23,7 +23,7 @@ PREAMBLE = re.compile(
     re.IGNORECASE,
 )  # fmt: skip
 AFTERWORD = re.compile(
-    r"\n+\s*\(?(?:let me know|feel free|i hope|hope this|would you like|if you(?:'d|’d| would) like|note:|notes:|word count|\d+ words|please let me)[^\n]*\)?\s*$",
+    r"\n\s*\(?(?:let me know|feel free|i hope|hope this|would you like|if you(?:'d|’d| would) like|note:|notes:|word count|\d+ words|please let me)[^\n]*\)?\s*$",
     re.IGNORECASE,
 )
 REFUSAL = re.compile(
@@ -41,7 +41,7 @@ MARKDOWN = (
     (re.compile(r"^\s{0,3}#{1,6}\s+[^\n]*$", re.MULTILINE), "\n"),  # a heading is no part of the prose
     (re.compile(r"^\s*(?:>\s?)+", re.MULTILINE), ""),
     (re.compile(r"^\s*(?:[-*+•]|\d{1,2}[.)])\s+", re.MULTILINE), ""),
-    (re.compile(r"!?\[([^\]\n]*)\]\([^)\n]*\)"), r"\1"),
+    (re.compile(r"!?\[([^\]\n]{0,300})\]\([^)\n]{0,300}\)"), r"\1"),
     (EMPHASIS, ""),
 )  # fmt: skip
 LABEL = re.compile(r"^(?:paragraph \d+|scene|visuals?|dialogue|description|video|opening|action)\s*[:：]\s*", re.IGNORECASE | re.MULTILINE)
@@ -53,7 +53,7 @@ def clean_answer(answer: str) -> str:
     text = HELD.sub("", strip_thoughts(answer))
     if len(text) > LONGEST_PROSE:
         raise PromptError(f"the language model wrote {len(text):,} characters, which is no prompt: '{shorten(text)}'")
-    text, held = hold_quotes(text)
+    text, held = hold_quotes(tidy_blanks(text))
     for pattern, replacement in MARKDOWN:
         text = pattern.sub(replacement, text)
     text = AFTERWORD.sub("", LABEL.sub("", text.strip())).strip()
@@ -66,7 +66,13 @@ def clean_answer(answer: str) -> str:
         text = quotes[0].inside  # the whole answer in quotes
     if len(text) < SHORTEST or not any(char.isalpha() for char in text):
         raise PromptError(f"the language model's answer is no prompt: '{shorten(answer.strip())}'")
-    return re.sub(r"[ \t]*\n\s*", "\n\n", re.sub(r"[ \t]+", " ", text))
+    return re.sub(r" *\n\s*", "\n\n", tidy_blanks(text))
+
+
+def tidy_blanks(text: str) -> str:
+    """One blank, and one empty line, for each run of them: models that lost their way write thousands, which the patterns would look at for hours."""
+    lines = (re.sub(r"[ \t\r\f\v]+", " ", line).strip(" ") for line in text.split("\n"))
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
 
 
 def strip_thoughts(answer: str) -> str:

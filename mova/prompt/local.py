@@ -27,6 +27,8 @@ ANSWER_TOKENS = 2048
 TEMPERATURE, TOP_P = 0.7, 0.9
 TICK = 0.1  # seconds between two calls of on_text
 ROOM = 1.25  # device memory per byte of weights, for what is computed
+SEEDS = 2**64  # torch takes no larger number
+FAILURES = (RuntimeError, ValueError, LookupError, TypeError)  # what models and processors raise on what they cannot do
 SHARES = {None: 1.0, "8-bit": 0.55, "4-bit": 0.32}  # of 16-bit weights, by how bitsandbytes keeps them
 
 
@@ -49,9 +51,7 @@ class LocalModel:
         try:
             return self.opened.answer(question, seed, self.answer_tokens, on_text)
         except torch.cuda.OutOfMemoryError:
-            raise PromptError(
-                f"{folder.name} does not fit in the memory of {self.device}: use a smaller one{'' if has_bitsandbytes() else ', or install bitsandbytes'}"
-            ) from None
+            raise too_large(folder, self.device) from None
 
     def bytes_needed(self) -> int:
         """Device memory to be free before the first question: for the larger of both models as stored."""
@@ -80,9 +80,14 @@ class OpenModel:
         stream = TokenStream(self.tokenizer, on_text)
         settings = {"do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P, "max_new_tokens": answer_tokens, "pad_token_id": self.padding()}
         devices = [self.model.device] if self.model.device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices), watched(self.model, stream.tell):
-            torch.manual_seed(seed)
-            made = self.model.generate(**inputs, **settings, streamer=stream)[0, length:]
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices), watched(self.model, stream.tell):
+                torch.manual_seed(seed % SEEDS)
+                made = self.model.generate(**inputs, **settings, streamer=stream)[0, length:]
+        except FAILURES as error:
+            if stream.telling or isinstance(error, torch.cuda.OutOfMemoryError):  # telling: the listener raised it, to cancel
+                raise
+            raise PromptError(f"{self.folder.name} failed while it wrote ({first_line(error)}): are its files whole? Download it again, or use another model") from None
         if len(made) == answer_tokens and int(made[-1]) not in self.ends():
             raise PromptError(f"{self.folder.name} did not come to an end within {answer_tokens} tokens: use another model (an 'Instruct' one)")
         return self.tokenizer.decode(made, skip_special_tokens=True)
@@ -99,7 +104,10 @@ class OpenModel:
         except Exception as error:  # a template is a program of its own and raises whatever it likes
             raise PromptError(f"the chat template of {self.folder.name} cannot be used ({error}): use an 'Instruct' model") from None
         pictures = {"images": [question.picture]} if question.picture is not None else {}
-        return self.processor(text=[text], **pictures, return_tensors="pt", add_special_tokens=False)
+        try:
+            return self.processor(text=[text], **pictures, return_tensors="pt", add_special_tokens=False)
+        except FAILURES as error:
+            raise PromptError(f"{self.folder.name} cannot take the question ({first_line(error)}): use a picture of usual proportions, or another model") from None
 
     def apply_template(self, messages: list[dict[str, Any]]) -> str:
         if self.sees:
@@ -127,7 +135,7 @@ class TokenStream:
     def __init__(self, tokenizer: Any, on_text: OnText) -> None:
         self.tokenizer, self.on_text = tokenizer, on_text
         self.tokens: list[int] = []
-        self.asked, self.told, self.text = False, 0.0, ""
+        self.asked, self.told, self.telling = False, 0.0, False
 
     def put(self, tokens: torch.Tensor) -> None:
         if self.asked:  # the first ones are the question
@@ -141,8 +149,10 @@ class TokenStream:
     def tell(self) -> None:
         """Calls on_text when it is time, from between two layers as well."""
         if time.monotonic() - self.told >= TICK:
-            self.told = time.monotonic()
-            self.on_text(self.tokenizer.decode(self.tokens, skip_special_tokens=True))
+            self.told, text = time.monotonic(), self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+            self.telling = True
+            self.on_text(text)
+            self.telling = False
 
 
 @contextlib.contextmanager
@@ -177,9 +187,7 @@ def open_model(folder: Path, device: torch.device) -> OpenModel:
         model = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, torch_dtype="auto", **settings)
         return OpenModel(folder, model.eval() if precision else model.to(device).eval(), processor, sees)
     except torch.cuda.OutOfMemoryError:
-        raise PromptError(
-            f"{folder.name} does not fit in the memory of {device}: use a smaller one{'' if has_bitsandbytes() else ', or install bitsandbytes'}"
-        ) from None
+        raise too_large(folder, device) from None
     except Exception as error:  # transformers raises everything from KeyError to safetensors' own for a folder that does not fit
         raise PromptError(
             f"{folder} cannot be opened by transformers {transformers.__version__} ({type(error).__name__}: {first_line(error)}): "
@@ -224,6 +232,10 @@ def quantized(precision: str, device: torch.device) -> dict[str, Any]:
 
     bits = {"8-bit": {"load_in_8bit": True}, "4-bit": {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.bfloat16, "bnb_4bit_quant_type": "nf4"}}
     return {"quantization_config": BitsAndBytesConfig(**bits[precision]), "device_map": {"": device}}
+
+
+def too_large(folder: Path, device: torch.device) -> PromptError:
+    return PromptError(f"{folder.name} does not fit in the memory of {device}: use a smaller one{'' if has_bitsandbytes() else ', or install bitsandbytes'}")
 
 
 def first_line(error: Exception) -> str:

@@ -21,7 +21,7 @@ NO_BLANKS = re.compile(f"[{SPACELESS}]")
 FIRST_HELD = 0xE000  # private characters stand for what must not be touched; nothing that is read may hold them
 HELD = re.compile("[\ue000-\uf8ff]")
 ENDERS = ".!?…。！？؟۔।｡"
-STOP = re.compile(rf"[{ENDERS}]+[\"'”’»)\]]*(?=\s|$|[{SPACELESS}])|\n+")
+STOP = re.compile(rf"(?<![{ENDERS}])[{ENDERS}]+[\"'”’»)\]]*(?=\s|$|[{SPACELESS}])|\n+")
 ABBREVIATIONS = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|St|Prof|vs|etc|e\.g|i\.e|approx|No)|\b[A-Za-z])\.$")
 LOOSE = {"'": "['‘’‚ʼ＇`´]", '"': '["“”„«»＂״]', "-": "[-‐‑–—]", "…": r"(?:…|\.{3})"} | {mark: f"[{mark}]*" for mark in "*_`"}  # how models retype a character
 LOOSE |= dict.fromkeys("‘’ʼ", LOOSE["'"]) | dict.fromkeys("“”„", LOOSE['"']) | dict.fromkeys("‐‑–—", LOOSE["-"])
@@ -66,8 +66,9 @@ class Quote:
 def find_quotes(text: str) -> list[Quote]:
     """The outermost quotes from left to right. Apostrophes, inch marks and Hebrew abbreviations are none; an open quote ends with its line."""
     found, at = [], 0
+    barren: dict[str, int] = {}  # opening mark -> up to where nothing closes it: looked at once, however many apostrophes there are
     while at < len(text):
-        closed = close_quote(text, at)
+        closed = close_quote(text, at, barren)
         if closed is None:
             at += 1
             continue
@@ -78,11 +79,11 @@ def find_quotes(text: str) -> list[Quote]:
     return found
 
 
-def close_quote(text: str, at: int) -> tuple[int, int] | None:
+def close_quote(text: str, at: int, barren: dict[str, int]) -> tuple[int, int] | None:
     """Where the inside of a quote that opens at `at` ends, and where the quote itself; None when none opens."""
     mark = text[at]
     if mark in SINGLE:
-        end = close_single(text, at) if opens_single(text, at) else None
+        end = close_single(text, at, barren) if opens_single(text, at) else None
         return None if end is None else (end, end + 1)
     if mark not in DOUBLE or not opens_double(text, at):
         return None
@@ -133,19 +134,22 @@ def opens_single(text: str, at: int) -> bool:
     return not word or not (word[0].lower() in ELISIONS or re.fullmatch(r"\d\ds", word[0]))
 
 
-def close_single(text: str, at: int) -> int | None:
+def close_single(text: str, at: int, barren: dict[str, int]) -> int | None:
     """The first mark that ends a word; behind an s it may be a possessive (the dogs' bowls), so a later one behind a full stop or comma wins."""
-    first = None
-    for place in range(at + 1, reach_of(text, at)):
+    first, mark, end = None, text[at], reach_of(text, at)
+    for place in range(max(at + 1, barren.get(mark, 0)), end):
         char, before = text[place], text[place - 1]
         if char == "\n":
+            end = place
             break
-        if char in SINGLE[text[at]] and not before.isspace() and not (joins(before) and joins(text[place + 1 : place + 2])):
+        if char in SINGLE[mark] and not before.isspace() and not (joins(before) and joins(text[place + 1 : place + 2])):
             if before not in "sS" if first is None else not before.isalnum():
                 return place
             first = first or place
         elif first is not None and (char in DOUBLE or (char in SINGLE and opens_single(text, place))):
             break
+    if first is None:
+        barren[mark] = end
     return first
 
 

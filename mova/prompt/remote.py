@@ -62,9 +62,9 @@ class RemoteModel:
             headers["Authorization"] = f"Bearer {self.service.key}"
         exchange = Exchange(f"{self.service.base_url}/chat/completions", headers, body, self.service.timeout)
         answer: list[str] = []
-        for piece in exchange.text(lambda: on_text("".join(answer))):
+        for piece in exchange.text(lambda: on_text(self.service.hide("".join(answer)))):
             answer.append(piece)
-        return "".join(answer)
+        return self.service.hide("".join(answer))
 
     def build_body(self, question: Question, seed: int) -> dict[str, Any]:
         content: Any = question.text

@@ -15,6 +15,7 @@ PREFIX = "MOVA_PROMPT_"
 KEY_VARIABLE = f"{PREFIX}API_KEY"
 EXAMPLE = '{"base_url": "http://127.0.0.1:8080/v1", "model": "qwen3-vl"}'
 SECONDS = (1, 3600)
+SHORTEST_SECRET = 8  # characters
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Service:
     key: str = field(default="", repr=False)
 
     def hide(self, text: str) -> str:
-        """The text without the key, which servers like to repeat in their errors."""
-        return text.replace(self.key, "***") if self.key else text
+        """The text without the key, which servers like to repeat. A word such as "none" or "ollama", for servers that ask for any key, is no secret."""
+        return text.replace(self.key, "***") if len(self.key) >= SHORTEST_SECRET else text
 
 
 def read_service(file: Path | None, environ: Mapping[str, str] = os.environ) -> Service:
@@ -43,9 +44,9 @@ def read_service(file: Path | None, environ: Mapping[str, str] = os.environ) -> 
         raise PromptError(f"{file} holds {', '.join(unknown)}; {', '.join(names)} are known.{about_keys}")
     given |= {name: environ[PREFIX + name.upper()] for name in names if environ.get(PREFIX + name.upper())}
     for name in ("base_url", "model"):
-        if not str(given.get(name, "")).strip():
+        if not str(given.get(name) or "").strip():
             raise PromptError(f"No {name} of a language model service is set: write it into {place}, such as {EXAMPLE}, or set {PREFIX}{name.upper()}.")
-    settings = {name: str(value).strip() for name, value in given.items()}
+    settings = {name: str(value).strip() for name, value in given.items() if value is not None}
     variable = settings.get("key_variable", KEY_VARIABLE)
     settings["base_url"] = check_url(settings["base_url"])
     key = environ.get(variable, "").strip()
