@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import math
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator
@@ -198,9 +197,9 @@ def check_waveform(waveform: torch.Tensor, sample_rate: int | None) -> None:
 
 
 def exact_rate(fps: float) -> Fraction:
-    """Frames per second as the fraction meant: 23.976 is 24000/1001. InputError unless positive and finite."""
-    if not math.isfinite(fps) or not 0 < fps <= 1000:
-        raise InputError(f"The frame rate is {fps}; a number above 0 and at most 1000 frames per second is needed.")
+    """Frames per second as the fraction meant: 23.976 is 24000/1001. InputError unless 0.001 to 1000."""
+    if not 0.001 <= fps <= 1000:  # nor NaN
+        raise InputError(f"The frame rate is {fps}: 0.001 to 1000 frames per second are needed.")
     ntsc = Fraction(round(fps * 1001 / 1000) * 1000, 1001)
     exact = Fraction(fps).limit_denominator(1001)
     return ntsc if exact.denominator > 1 and abs(ntsc - fps) < NTSC_TOLERANCE else exact

@@ -15,7 +15,7 @@ from mova.lipsync.best_take import Take, captions, describe_takes, draw_sheet, r
 from mova.lipsync.check import check_lip_sync
 from mova.lipsync.film import ImageFrames, open_film
 from mova.lipsync.landmarks import GivenLandmarks, open_landmarks
-from mova.lipsync.plot import SIZE, draw_report, save_plot
+from mova.lipsync.plot import FACE_PANEL, SIZE, draw_report, save_plot
 from mova.lipsync.sync_decision import decide
 from mova.media import write_clip
 
@@ -122,6 +122,11 @@ def test_somebody_who_comes_later_counts_from_the_beginning():
 
 
 # ---------------------------------------------------------------- bad input
+
+
+def test_a_rate_that_no_voice_has_is_refused_before_it_becomes_hours():
+    with pytest.raises(InputError, match="has 1 samples a second: voices need 4000"):
+        check_lip_sync(drawn_film(1)[0], voice(1), 1, GivenLandmarks(drawn_film(1)[1]))
 
 
 @pytest.mark.parametrize("sound", [None, torch.zeros(1, 0), torch.zeros(48000), torch.full((1, 48000), torch.nan)], ids=["none", "empty", "1-D", "NaN"])
@@ -266,6 +271,14 @@ def test_plots_of_every_kind_of_report(tmp_path):
     with pytest.raises(MediaError, match="gone"):
         save_plot(reports[0], tmp_path / "gone" / "plot.png")
     assert [path.name for path in tmp_path.iterdir()] == ["plot.png"]
+
+
+def test_the_face_seen_most_is_shown_where_none_is_judged():
+    """The portrait's corner is the paper's colour without one."""
+    corner = FACE_PANEL[2] - 5, FACE_PANEL[3] - 5
+    for points, seen in ((drawn_film(1)[1], True), (drawn_film(1)[1] * np.nan, False)):
+        picture = draw_report(check(points=points, sound=torch.zeros(1, 400000)))
+        assert (picture.getpixel(corner) == (90, 90, 90)) == seen
 
 
 def test_takes_are_ranked_and_shown():

@@ -5,6 +5,7 @@ import pytest
 import torch
 from puppet import FPS, SECONDS, drawn_face, opening_curve, voice
 
+from mova.errors import InputError
 from mova.lipsync.face import POINTS, face_box, has_lips_inside, is_facing, lip_height, mouth_opening
 from mova.lipsync.fix_lag import fix_lag
 from mova.lipsync.motion import RATE, compare_motion, find_peak, is_silent, smooth, voice_envelope
@@ -200,3 +201,6 @@ def test_a_shift_moves_samples_and_fills_with_silence():
     assert torch.equal(fix_lag(sound, 1000, 0.0), sound)
     with pytest.raises(Exception, match="lasts 8 ms: it cannot be moved by 9 ms"):
         fix_lag(sound, 1000, 9.0)
+    for lag in (float("nan"), float("inf")):
+        with pytest.raises(InputError, match=f"cannot be moved by {lag:g} ms"):
+            fix_lag(sound, 1000, lag)

@@ -160,6 +160,7 @@ def test_real_clip(media):
         ({"frames": [film(), film(2, 32, 32)]}, "one size"),
         ({"frames": torch.full((2, 32, 32, 3), math.nan)}, "Frame 0 holds NaN"),
         ({"fps": 0}, "frame rate is 0"),
+        ({"fps": 1e-9}, "frame rate is 1e-09: 0.001 to 1000"),
         ({"fps": -24.0}, "frame rate is -24"),
         ({"fps": math.nan}, "frame rate is nan"),
         ({"audio": torch.zeros(1, 100)}, "sample rate is None"),

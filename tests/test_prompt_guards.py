@@ -1,6 +1,8 @@
 """Between a model's answer and the prompt: prose alone, every line letter by letter, sound at the end and never cut, the right length."""
 
+import contextlib
 import random
+import time
 
 import pytest
 
@@ -74,6 +76,15 @@ def test_prose_that_only_looks_like_it_is_kept(text):
 def test_a_refusal_or_nothing_is_no_prompt(answer):
     with pytest.raises(PromptError, match="refused|is no prompt"):
         clean_answer(answer)
+
+
+@pytest.mark.parametrize("noise", ["\n", "\n ", " \n", "\n\f", "\t", "!", "[", "[a](", "- ", "-\n", "(\n", "#", "`", '"', "'a "])
+def test_an_answer_that_goes_astray_is_read_at_once(noise):
+    """Models that lose their way repeat a sign until they are stopped."""
+    start = time.perf_counter()
+    with contextlib.suppress(PromptError):
+        part_sound(clean_answer(f"{SCENE}{noise * (19_000 // len(noise))}{SOUND}"))
+    assert time.perf_counter() - start < 3
 
 
 # ---------------------------------------------------------------- lines

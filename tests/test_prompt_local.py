@@ -180,6 +180,32 @@ def test_damaged_folders(folders, tmp_path, file, edit, said):
         LocalModel(change(folders, tmp_path, "writer", file, edit)).ask(QUESTION, 0, tell)
 
 
+def test_weights_that_are_no_numbers_and_pictures_that_no_model_takes(folders, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    copy = shutil.copytree(folders["writer"], tmp_path / "broken")
+    save_file({name: weight * torch.nan for name, weight in load_file(copy / "model.safetensors").items()}, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(PromptError, match="broken failed while it wrote .*nan"):
+        LocalModel(copy).ask(QUESTION, 0, tell)
+    assert enhance_prompt(IDEA, model=LocalModel(copy), on_failure="use template").prompt == enhance_prompt(IDEA).prompt
+    with pytest.raises(PromptError, match="seer cannot take the question .*aspect ratio"):
+        enhance_prompt(IDEA, torch.rand(1, 1, 4000, 3), model=LocalModel(folders["seer"]))
+
+
+def test_what_the_listener_raises_is_no_failure_of_the_model(folders):
+    def stop(text):
+        if text.startswith("A woman"):
+            raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        enhance_prompt(IDEA, model=LocalModel(folders["writer"]), on_failure="use template", on_text=stop)
+
+
+def test_any_seed_will_do(folders):
+    for seed in (-1, 2**64, 2**70):
+        assert LocalModel(folders["writer"]).ask(QUESTION, seed, tell) == PROMPT
+
+
 def test_a_folder_without_or_with_half_its_weights(folders, tmp_path):
     copy = shutil.copytree(folders["writer"], tmp_path / "writer")
     whole = (copy / "model.safetensors").read_bytes()

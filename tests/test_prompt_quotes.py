@@ -50,11 +50,26 @@ def test_apostrophes_and_inches_are_no_quotes(text):
     assert find_quotes(text) == []
 
 
-@pytest.mark.parametrize("text", ["'a " * 6000, '"' * 20001, "“" * 20000, "’" * 20000, "‘a s’" * 4000, "«" * 20000, "「" * 20000])
+@pytest.mark.parametrize(
+    "text", ["'a " * 6000, "'a's " * 5000, "a\u2019 \u2018b " * 3000, '"' * 20001, "“" * 20000, "’" * 20000, "‘a s’" * 4000, "«" * 20000, "「" * 20000]
+)
 def test_nothing_makes_it_slow(text):
     start = time.perf_counter()
     find_quotes(text)
-    assert time.perf_counter() - start < 5
+    assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize("text", ["!" * 20000 + "x", "?!" * 10000 + "x", "a. " * 6000, "\n" * 20000])
+def test_sentences_are_found_as_fast(text):
+    start = time.perf_counter()
+    split_sentences(text)
+    assert time.perf_counter() - start < 2
+
+
+def test_an_apostrophe_looked_at_once_hides_no_later_quote():
+    """What closes nothing is remembered up to where it was looked at, and not beyond."""
+    for filling in ("a " * 1100, "a\n" * 40, "a " * 60 + "\n\n"):
+        assert [quote.inside for quote in find_quotes(f"rock 'x {filling}he says 'yes' and \u2018no\u2019.")][-2:] == ["yes", "no"]
 
 
 def test_sentences_hold_their_quotes():

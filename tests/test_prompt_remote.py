@@ -1,13 +1,17 @@
 """A chat service on loopback: recorded answers, errors, delays, cut and endless streams; keys stay where they are."""
 
+import contextlib
 import json
 import logging
 import socket
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 import torch
+from conftest import ROOT
 from prompt_server import event, fail, send, serve, stream, whole
 
 from mova import PromptError, enhance_prompt
@@ -267,6 +271,7 @@ def test_file_and_environment(tmp_path):
     service = read_service(file, {"MOVA_PROMPT_MODEL": "b", "MY_KEY": KEY})
     assert (service.base_url, service.model, service.timeout, service.key) == ("http://localhost:11434/v1", "b", 30.0, KEY)
     assert KEY not in repr(service)
+    assert read_service(settings(tmp_path, '{"base_url": "http://a", "model": "m", "vision_model": null, "timeout": null}'), {}).vision_model == ""
     assert read_service(None, {"MOVA_PROMPT_BASE_URL": "https://x.example/api/chat/completions", "MOVA_PROMPT_MODEL": "m"}).base_url == "https://x.example/api"
 
 
@@ -300,6 +305,36 @@ def test_the_key_is_in_no_log(ask, caplog, capsys):
     with serve(fail(500, f"key {KEY}"), stream(PROMPT)) as server:
         ask(server)
     assert KEY not in caplog.text + "".join(capsys.readouterr())
+
+
+def test_a_key_in_the_answer_goes_nowhere(ask):
+    told = []
+    with serve(stream(f"{PROMPT} Asked with {KEY} today.")) as server:
+        made = ask(server, on_text=told.append)
+    assert "Asked with today." in made.prompt and KEY not in made.prompt + "".join(told)
+    with serve(stream(PROMPT)) as server:
+        assert ask(server, key="woman").prompt == PROMPT  # what servers without keys are given is no secret
+
+
+def test_python_does_not_wait_for_a_connection_that_is_being_made():
+    """A host with no room for another connection: the command is cancelled, and ends."""
+    with contextlib.ExitStack() as opened:
+        host = opened.enter_context(socket.socket())
+        host.bind(("127.0.0.1", 0))
+        host.listen(0)
+        for _ in range(4):
+            waiting = opened.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(host.getsockname())
+        code = (
+            "import time; from mova.prompt.exchange import Exchange\n"
+            "def stop():\n    if time.monotonic() > end: raise SystemExit(7)\n"
+            f"end = time.monotonic() + 0.3; list(Exchange('http://127.0.0.1:{host.getsockname()[1]}/v1', {{}}, {{}}, 60).text(stop))"
+        )
+        start = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, capture_output=True)
+        assert done.returncode == 7, done.stderr
+    assert time.monotonic() - start < exchange_module.CONNECT_SECONDS - 1
 
 
 def test_a_question_alone(monkeypatch):

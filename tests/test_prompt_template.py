@@ -102,6 +102,7 @@ def test_control_characters_and_broken_text_are_taken_out():
     [
         ("Hello there.", Line("Hello there.")), ("the woman: Hello.", Line("Hello.", "the woman")), ("the woman (French): « Bonsoir ! »", Line("Bonsoir !", "the woman", "French")),
         ("老人（中文）【最后】：再见", Line("再见", "老人", "中文", "最后")), ("Bob [at the end]: Bye", Line("Bye", "Bob", "", "at the end")), ('"Look: a fox!"', Line("Look: a fox!")),
+        ("Meet me at 10:30.", Line("Meet me at 10:30.")), ("Bob: At 10:30.", Line("At 10:30.", "Bob")), ("Bob:5 more", Line("5 more", "Bob")),
         ("A fox! Look: there", Line("A fox! Look: there")), ("דני: שלום", Line("שלום", "דני")), ('Bob: "Hi" she said', Line('"Hi" she said', "Bob")),
     ],
 )  # fmt: skip
@@ -221,6 +222,8 @@ def test_large_and_odd_pictures_of_the_canvas(tmp_path):
     wide = torch.zeros(1, 1, 1, 3).expand(2, 12_000, 9_000, 3)  # takes no memory itself
     assert reduce_picture(wide).size == (768, 1024)
     assert reduce_picture(torch.rand(1, 30, 40, 4)).size == (40, 30) and reduce_picture(torch.rand(30, 40, 3)).size == (40, 30)
+    with pytest.raises(InputError, match="one picture is needed, not 0"):
+        reduce_picture(torch.zeros(0, 8, 8, 3))
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n1234")
     with pytest.raises(MediaError):
         enhance_prompt("x", tmp_path / "cut.png")

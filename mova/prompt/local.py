@@ -87,7 +87,9 @@ class OpenModel:
         except FAILURES as error:
             if stream.telling or isinstance(error, torch.cuda.OutOfMemoryError):  # telling: the listener raised it, to cancel
                 raise
-            raise PromptError(f"{self.folder.name} failed while it wrote ({first_line(error)}): are its files whole? Download it again, or use another model") from None
+            raise PromptError(
+                f"{self.folder.name} failed while it wrote ({first_line(error)}): are its files whole? Download it again, or use another model"
+            ) from None
         if len(made) == answer_tokens and int(made[-1]) not in self.ends():
             raise PromptError(f"{self.folder.name} did not come to an end within {answer_tokens} tokens: use another model (an 'Instruct' one)")
         return self.tokenizer.decode(made, skip_special_tokens=True)
@@ -107,7 +109,9 @@ class OpenModel:
         try:
             return self.processor(text=[text], **pictures, return_tensors="pt", add_special_tokens=False)
         except FAILURES as error:
-            raise PromptError(f"{self.folder.name} cannot take the question ({first_line(error)}): use a picture of usual proportions, or another model") from None
+            raise PromptError(
+                f"{self.folder.name} cannot take the question ({first_line(error)}): use a picture of usual proportions, or another model"
+            ) from None
 
     def apply_template(self, messages: list[dict[str, Any]]) -> str:
         if self.sees:
