@@ -81,11 +81,11 @@ def run_features(args: argparse.Namespace) -> int:
 
 
 def keep(stream: Iterator[Features], kind: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Of each window its class token [D] and the columns or tokens that hold sound, so that an hour of windows fits into memory."""
+    """Of each window its class token [D] and the columns or tokens that hold sound: copies, since views would keep all tokens of an hour in memory."""
     for features in stream:
         rows = {"columns": features.columns, "tokens": features.tokens[:, 1:]}[kind]
         per_column = 1 if kind == "columns" else features.bands
-        yield features.utterance[0], rows[0, : features.sounding * per_column].clone()
+        yield features.utterance[0].clone(), rows[0, : features.sounding * per_column].clone()
 
 
 def write_features(file: Path, parts: list[tuple[torch.Tensor, torch.Tensor]], kind: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +23,9 @@ from .trunk import AudioTransformer, position_table
 HUB_EPS = 1e-5  # of fc_norm in the wrapper that hub files were made with (3.4)
 POSITION_TOLERANCE = 2e-3  # a table stored in half precision is off by so much
 WEIGHTS = ("student", "teacher")
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # weights are stored in; smaller ones need scales, which no such file has
+BEYOND = 2**31  # no setting of an encoder is so large
+DESCRIBED = ("labels", "mode", "head_eps", "single_label", "frames", "normalisation", "origin")  # in files of ours, beside the architecture
 
 
 @dataclass
@@ -115,12 +119,12 @@ def describe(opened: OpenedFile, tensors: dict[str, Tensor], hub: bool) -> Check
     family = "CAT" if architecture.stem == "multi" else "EAT or SSLAM"
     classes = tensors["head.weight"].shape[:1].numel() if "head.weight" in tensors else 0
     known = {"esc50_eval": ESC50, "spcv1_eval": SPEECH_COMMANDS, "spcv2_eval": SPEECH_COMMANDS}
-    mode = model.get("prediction_mode", "CLS_TOKEN")
+    mode = model.get("prediction_mode") or "CLS_TOKEN"
     if mode not in MODES:
         raise CatError(f"{opened.path} has a head of the kind {mode!r}: {', '.join(MODES)} are supported.")
     return Checkpoint(
         architecture, {}, mode=mode,
-        labels=name_labels(opened.label_indices, classes),
+        labels=name_labels(opened.label_indices or hub_labels(model), classes),
         head_eps=HUB_EPS if hub else number(model, "norm_eps", EPS) if classes else EPS,
         single_label=bool(task.get("esc50_eval")),
         frames=trained_frames(task, architecture),
@@ -136,7 +140,12 @@ def part(values: dict, name: str) -> dict:
 
 def number(values: dict, name: str, default: float) -> float:
     found = values.get(name)
-    return found if isinstance(found, (int, float)) and found > 0 else default
+    return found if isinstance(found, (int, float)) and 0 < found < BEYOND else default
+
+
+def hub_labels(config: dict) -> dict[str, str]:
+    """Label -> its index, from a hub's config.json; {} where it has only the numbered names a hub puts in by itself."""
+    return {name: index for index, name in part(config, "id2label").items() if isinstance(name, str) and not name.startswith("LABEL_")}
 
 
 def trained_frames(task: dict, architecture: Architecture) -> int:
@@ -160,23 +169,27 @@ def infer_architecture(path: Path, tensors: dict[str, Tensor], cfg: dict) -> Arc
     if shapes[0][1] != 1:
         raise CatError(f"{path} reads pictures of {shapes[0][1]} channels (a data2vec 2.0 model for images): an encoder for sound is needed.")
     kernels, width = tuple(each[2] for each in shapes), shape(f"{PREFIX}extra_tokens", 3)[2]
-    patch = max(1, int(torch.tensor(kernels).prod()))
+    patch = max(1, math.prod(kernels))
     depth = 1 + max((int(name.split(".")[1]) for name in tensors if name.startswith("blocks.") and name.split(".")[1].isdecimal()), default=-1)
     if depth > len(tensors):
         raise CatError(f"{path}: blocks are numbered up to {depth - 1}, but there are only {len(tensors)} tensors: the file is damaged or of another model.")
-    return Architecture(
-        stem="multi" if stages else "patch",
-        kernels=kernels,
-        channels=tuple(each[0] for each in shapes[:-1]),
-        branches=tuple(shape(f"{PREFIX}stage_output_decode.{i}.weight", 4)[2] for i in range(max(0, stages - 1))),
-        width=width,
-        depth=depth,
-        heads=int(number(cfg, "num_heads", max(1, width // 64))),
-        mlp_ratio=shape("blocks.0.mlp.fc1.weight", 2)[0] / max(1, width),
-        eps=number(cfg, "norm_eps", EPS),
-        position_rows=shape(POSITIONS, 3)[1] // max(1, MEL_BINS // patch),
-        bottleneck=shape("bottleneck.weight", 2)[0] if "bottleneck.weight" in tensors else 0,
-    )
+    sizes = {
+        "stem": "multi" if stages else "patch",
+        "kernels": kernels,
+        "channels": tuple(each[0] for each in shapes[:-1]),
+        "branches": tuple(shape(f"{PREFIX}stage_output_decode.{i}.weight", 4)[2] for i in range(max(0, stages - 1))),
+        "width": width,
+        "depth": depth,
+        "heads": int(number(cfg, "num_heads", max(1, width // 64))),
+        "mlp_ratio": shape("blocks.0.mlp.fc1.weight", 2)[0] / max(1, width),
+        "eps": number(cfg, "norm_eps", EPS),
+        "position_rows": shape(POSITIONS, 3)[1] // max(1, MEL_BINS // patch),
+        "bottleneck": shape("bottleneck.weight", 2)[0] if "bottleneck.weight" in tensors else 0,
+    }
+    try:
+        return Architecture(**sizes)
+    except CatError as error:
+        raise CatError(f"{path}: {error} The file is damaged or of another model.") from None
 
 
 def take_tensors(checkpoint: Checkpoint, tensors: dict[str, Tensor], path: Path) -> Checkpoint:
@@ -186,13 +199,14 @@ def take_tensors(checkpoint: Checkpoint, tensors: dict[str, Tensor], path: Path)
     missing = [name for name in wanted if name not in tensors]
     extra = [name for name in tensors if name not in wanted and name not in head and name != POSITIONS and not name.startswith(LEFT_BEHIND)]
     odd = [
-        f"{name} is {list(tensors[name].shape)} instead of {list(shape)}"
+        f"{name} is {tell_kind(tensors[name])} instead of {list(shape)}"
         for name, (_, shape) in wanted.items()
-        if name in tensors and not fits(tensors[name], shape)
+        if name in tensors and not (tensors[name].shape in (shape, (*shape, 1, 1)) and is_plain(tensors[name]))  # 1, 1: of a convolution
     ]
+    odd += [f"{name} is {tell_kind(tensors[name])}" for name in (POSITIONS, *head) if name in tensors and not is_plain(tensors[name])]
     faults = [
         f"{len(names)} {what} ({'; '.join(names[:3])}{'; ...' if len(names) > 3 else ''})"
-        for what, names in (("missing", missing), ("unknown", extra), ("of another shape", odd))
+        for what, names in (("missing", missing), ("unknown", extra), ("of another shape or kind", odd))
         if names
     ]
     if faults:
@@ -206,9 +220,13 @@ def take_tensors(checkpoint: Checkpoint, tensors: dict[str, Tensor], path: Path)
     return checkpoint
 
 
-def fits(tensor: Tensor, shape: torch.Size) -> bool:
-    """The shape is the same, or it is a 1x1 convolution's."""
-    return tensor.shape in (shape, (*shape, 1, 1)) and tensor.is_floating_point()
+def is_plain(tensor: Tensor) -> bool:
+    return tensor.dtype in DTYPES and tensor.layout == torch.strided and not tensor.is_meta
+
+
+def tell_kind(tensor: Tensor) -> str:
+    words = [] if is_plain(tensor) else [str(each).removeprefix("torch.") for each in (tensor.dtype, tensor.layout, tensor.device)]
+    return " ".join([*words, str(list(tensor.shape))])
 
 
 def check_positions(table: Tensor | None, architecture: Architecture, path: Path) -> None:
@@ -246,20 +264,31 @@ def read_own(opened: OpenedFile) -> Checkpoint:
     try:
         values = json.loads(opened.metadata[OWN])
         architecture, pair = Architecture.from_json(values["architecture"]), Normalisation(*map(float, values["normalisation"]))
-        checkpoint = Checkpoint(**values | {"architecture": architecture, "normalisation": pair, "encoder": {}})
-        frames, labels = checkpoint.frames, checkpoint.labels
-        if (
-            frames % architecture.patch
-            or not 0 < frames <= architecture.max_frames
-            or checkpoint.mode not in MODES
-            or not all(isinstance(label, str) for label in labels)
-        ):
-            raise ValueError(f"frames {frames}, mode {checkpoint.mode}")
+        known = {name: values[name] for name in DESCRIBED if name in values}
+        checkpoint = Checkpoint(architecture, {}, **known | {"normalisation": pair})
+        check_described(checkpoint)
         return checkpoint
     except (ValueError, TypeError, LookupError, CatError) as error:
         raise CatError(
             f"{opened.path}: its description of the encoder cannot be read ({error}). It was written by another version or changed: convert it again."
         ) from None
+
+
+def check_described(checkpoint: Checkpoint) -> None:
+    """ValueError for values in the description of a file of ours that `write_checkpoint` never puts there."""
+    frames, architecture, (mean, std) = checkpoint.frames, checkpoint.architecture, checkpoint.normalisation
+    rules = {
+        "frames": isinstance(frames, int) and 0 < frames <= architecture.max_frames and frames % architecture.patch == 0,
+        "mode": checkpoint.mode in MODES,
+        "labels": isinstance(checkpoint.labels, list) and all(isinstance(label, str) for label in checkpoint.labels),
+        "head_eps": 0 < checkpoint.head_eps < 1,
+        "single_label": isinstance(checkpoint.single_label, bool),
+        "normalisation": abs(mean) < BEYOND and 0 < std < BEYOND,
+        "origin": isinstance(checkpoint.origin, str),
+    }
+    wrong = [f"{name} {getattr(checkpoint, name)}" for name, holds in rules.items() if not holds]
+    if wrong:
+        raise ValueError(", ".join(wrong))
 
 
 def write_checkpoint(path: str | Path, checkpoint: Checkpoint) -> Path:
@@ -269,8 +298,7 @@ def write_checkpoint(path: str | Path, checkpoint: Checkpoint) -> Path:
         raise CatError(f"{file} has to end in .safetensors.")
     tensors = to_released(checkpoint.encoder, checkpoint.architecture)
     tensors |= {(HEAD_NAMES | ALIGNMENT_NAMES)[name]: tensor for name, tensor in checkpoint.head.items()}
-    names = ("labels", "mode", "head_eps", "single_label", "frames", "normalisation", "origin")
-    values = {"architecture": checkpoint.architecture.as_json()} | {name: getattr(checkpoint, name) for name in names}
+    values = {"architecture": checkpoint.architecture.as_json()} | {name: getattr(checkpoint, name) for name in DESCRIBED}
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with whole_file(file) as draft:
         save_file(content, draft, {OWN: json.dumps(values)})

@@ -9,6 +9,7 @@ from .errors import CatError
 
 MEL_BINS = 128
 POSITION_ROWS = 768  # time rows of the released position tables: 122.88 s of 16-frame patches
+WIDEST, DEEPEST, LARGEST_TABLE = 2**20, 1000, 2**28  # channels, blocks, values of a position table (1 GB): what claims more is no encoder
 
 # conv_option -> kernel = stride of each stage, channels of every stage but the last (which has the encoder's width), kernels of the branches (2.1)
 CONV_OPTIONS = {
@@ -44,9 +45,9 @@ class Architecture:
 
     def __post_init__(self) -> None:
         stages = len(self.kernels)
-        sizes = (self.width, self.depth, self.heads, self.position_rows, *self.kernels, *self.channels, *self.branches, self.mlp_ratio)
-        if min(sizes) <= 0 or not stages:
-            raise CatError(f"No encoder has these shapes: all sizes must be positive. Given: {self}.")
+        sizes = (self.width, self.depth, self.heads, self.position_rows, *self.kernels, *self.channels, *self.branches, self.bottleneck + 1)
+        if not all(isinstance(size, int) and 0 < size <= WIDEST + 1 for size in sizes) or not stages:
+            raise CatError(f"No encoder has these shapes: all sizes must be whole, positive and at most {WIDEST:,}. Given: {self}.")
         behind = tuple(math.prod(self.kernels[i + 1 :]) for i in range(stages - 1))  # what a branch has to shrink by to meet the final grid
         rules = {
             "stem must be multi or patch": self.stem in ("multi", "patch"),
@@ -56,6 +57,10 @@ class Architecture:
             f"the patch (product of kernels) has to divide {MEL_BINS} mel bins": MEL_BINS % self.patch == 0,
             "heads have to divide width": self.width % self.heads == 0,
             "width has to be a multiple of 4": self.width % 4 == 0,
+            f"mlp_ratio has to make 1 to {WIDEST:,} channels": 1 <= self.mlp_ratio * self.width <= WIDEST,
+            "eps has to lie between 0 and 1": 0 < self.eps < 1,
+            f"depth can be up to {DEEPEST}": self.depth <= DEEPEST,
+            f"the position table can hold up to {LARGEST_TABLE:,} values": self.position_rows * self.width * MEL_BINS <= LARGEST_TABLE * self.patch,
         }
         broken = [rule for rule, holds in rules.items() if not holds]
         if broken:

@@ -14,7 +14,7 @@ from .checkpoint import Checkpoint, read_checkpoint
 from .config import Architecture
 from .errors import CatError
 from .frontend import FRAMES, HOP, RATE
-from .trunk import Encoded
+from .trunk import Encoded, move
 from .windows import Window, count_windows, cut_windows
 
 BATCH = 8  # windows that go through the encoder at once; on a CPU only as many as make 10 s together, whose maps stay in its caches
@@ -88,12 +88,8 @@ class Encoder:
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Encoder:
         """Moves this encoder; the front end stays in float32 on the CPU. CatError when the device is not there or is full."""
-        try:
-            for module in (self.trunk, self.head) if self.head else (self.trunk,):
-                module.to(device=device, dtype=dtype)
-        except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
-            reason = str(error).splitlines()[0]
-            raise CatError(f"The encoder cannot go to the device {str(device)!r} ({reason}): cpu always works.") from None
+        for module in (self.trunk, self.head) if self.head else (self.trunk,):
+            move(module, device, dtype)
         return self
 
     def features(self, waveform: Tensor, sample_rate: int, *, layers: bool = False, on_step: OnStep | None = None) -> Features:
@@ -227,7 +223,7 @@ def join_features(parts: list[Features]) -> Features:
 
 def split_waveform(waveform: Tensor, sample_rate: int) -> Iterable[Tensor]:
     """A waveform in pieces, so that a long one is never resampled as a whole."""
-    whole = not isinstance(waveform, Tensor) or waveform.ndim != 3 or sample_rate < 1  # the front end says what is wrong with it
+    whole = not isinstance(waveform, Tensor) or waveform.ndim != 3 or not sample_rate >= 1  # the front end says what is wrong with it
     return [waveform] if whole else waveform.split(int(CHUNK * sample_rate), -1)
 
 

@@ -114,7 +114,7 @@ def read_sibling(file: Path) -> dict:
     if not config.is_file():
         return {}
     try:
-        values = json.loads(config.read_text(encoding="utf-8"))
+        values = json.loads(config.read_text(encoding="utf-8-sig"))
     except (ValueError, OSError) as error:
         raise CatError(f"{config}, which belongs to {file.name}, cannot be read ({error}): copy it again or take it away.") from None
     return {"model": values} if isinstance(values, dict) else {}

@@ -18,5 +18,5 @@ def name_labels(indices: dict[str, str] | None, classes: int) -> list[str]:
     known = dict(audioset())
     if not indices and classes == len(known):
         return list(known.values())
-    listed = {int(index): known.get(mid, mid) for mid, index in (indices or {}).items() if str(index).isdecimal()}
+    listed = {int(index): known.get(mid, str(mid)) for mid, index in (indices or {}).items() if str(index).isdecimal()}
     return [listed.get(index, f"class {index}") for index in range(classes)]

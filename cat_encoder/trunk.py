@@ -110,6 +110,15 @@ class Block(nn.Module):
         return branch * kept / (1 - self.drop_path)
 
 
+def move(module: nn.Module, device: str | torch.device | None, dtype: torch.dtype | None = None) -> nn.Module:
+    """The module itself, there. CatError when the device is not there or is full."""
+    try:
+        return module.to(device=device, dtype=dtype)
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise CatError(f"The encoder cannot go to the device {str(device)!r} ({reason}): cpu always works.") from None
+
+
 def position_table(architecture: Architecture) -> Tensor:
     """[rows*bands, D] float32 on the CPU: row t*bands + f is [sin, cos of the frequency f, sin, cos of the time t] (2.2)."""
     quarter = architecture.width // 4

@@ -148,6 +148,24 @@ def test_heads_are_guessed_without_settings(tmp_path):
     assert read_checkpoint(tmp_path / "a.safetensors").architecture.heads == 2
 
 
+def test_a_hubs_own_labels(tmp_path):
+    encoder, head = random_encoder(ARCHITECTURES["eat"]), Head(16, 3)
+    tensors = {name.removeprefix(PREFIX).replace("context_encoder.norm", "pre_norm"): tensor for name, tensor in fairseq_tensors(encoder).items()}
+    tensors |= {"fc_norm.weight": head.norm.weight, "fc_norm.bias": head.norm.bias, "head.weight": head.linear.weight, "head.bias": head.linear.bias}
+    save_file({name: tensor.detach().clone() for name, tensor in tensors.items() if "decoder" not in name}, tmp_path / "model.safetensors")
+    for names, labels in (({"0": "dog", "2": "/m/09x0r"}, ["dog", "class 1", "Speech"]), ({"0": "LABEL_0", "1": "LABEL_1"}, ["class 0", "class 1", "class 2"])):
+        (tmp_path / "config.json").write_text(json.dumps({"num_heads": 4, "id2label": names}), encoding="utf-8-sig")  # some editors put a mark first
+        assert read_checkpoint(tmp_path).labels == labels
+
+
+@pytest.mark.parametrize("odd", [float("inf"), float("nan"), 10**400, -1, "many", None])
+def test_odd_numbers_in_settings_count_as_none(tmp_path, odd):
+    encoder = random_encoder(ARCHITECTURES["cat"])
+    cfg = {"model": {"num_heads": odd, "norm_eps": odd, "prediction_mode": None}, "task": {"target_length": odd}}
+    checkpoint = read_checkpoint(fairseq_file(tmp_path / "a.pt", encoder, cfg=cfg))
+    assert (checkpoint.architecture.heads, checkpoint.architecture.eps, checkpoint.frames, checkpoint.mode) == (1, 1e-6, 1024, "CLS_TOKEN")
+
+
 def test_half_precision_is_widened(tmp_path):
     encoder = random_encoder(ARCHITECTURES["cat"])
     torch.save({"model": {name: tensor.half() for name, tensor in fairseq_tensors(encoder).items()}, "cfg": {"model": {"num_heads": 4}}}, tmp_path / "a.pt")
@@ -205,6 +223,10 @@ def break_tensors(tensors: dict, how: str) -> None:
         "positions": lambda: tensors[POSITIONS].mul_(1.1),
         "far block": lambda: tensors.update({"blocks.99999999.norm1.weight": torch.zeros(16)}),
         "whole numbers": lambda: tensors.update({"blocks.0.norm1.weight": torch.ones(16, dtype=torch.int64)}),
+        "8 bits": lambda: tensors.update({"blocks.0.norm1.weight": torch.ones(16).to(torch.float8_e4m3fn)}),
+        "sparse": lambda: tensors.update({"blocks.0.mlp.fc1.weight": torch.eye(64, 16).to_sparse()}),
+        "nowhere": lambda: tensors.update({POSITIONS: tensors[POSITIONS].to("meta")}),
+        "branches": lambda: tensors.update({f"{PREFIX}stage_output_decode.0.weight": torch.zeros(16, 8, 3, 3)}),
     }
     edits[how]()
 
@@ -222,9 +244,14 @@ def break_tensors(tensors: dict, how: str) -> None:
         ("NaN", "NaN or Inf .*blocks.0.norm1.weight"),
         ("positions", "position table"),
         ("far block", "only"),
-        ("whole numbers", "of another shape"),
+        ("whole numbers", r"blocks.0.norm1.weight is int64 strided cpu \[16\] instead of \[16\]"),
+        ("8 bits", "blocks.0.norm1.weight is float8_e4m3fn"),
+        ("sparse", "blocks.0.mlp.fc1.weight is float32 sparse_coo"),
+        ("nowhere", "positions is float32 strided meta"),
+        ("branches", "a.pt: No encoder has these shapes: the branches have to reach"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 def test_tensors_that_do_not_fit(tmp_path, how, words):
     tensors = fairseq_tensors(random_encoder(ARCHITECTURES["cat"]))
     break_tensors(tensors, how)
@@ -352,6 +379,10 @@ def test_a_changed_description_of_ours(tmp_path):
     tensors = to_released(encoder.state_dict(), encoder.architecture)
     right = {"architecture": encoder.architecture.as_json(), "normalisation": [1, 2]}
     wrong = ({"architecture": {"wings": 2}}, {"frames": 10**6}, {"frames": 100}, {"frames": "many"}, {"mode": "LOUD"}, {"labels": 3}, {"normalisation": [1]})
+    wrong += ({"frames": 16.0}, {"normalisation": [0, 0]}, {"normalisation": [float("nan"), 1]}, {"head_eps": "x"}, {"single_label": "yes"}, {"origin": 5})
+    shapes = ({"depth": 10**8}, {"depth": 2.0}, {"position_rows": 10**7}, {"position_rows": 2**19, "width": 2**16}, {"width": 10**9}, {"kernels": [4.0, 2, 2]})
+    shapes += ({"bottleneck": -4}, {"eps": "x"}, {"eps": -1}, {"mlp_ratio": float("nan")}, {"mlp_ratio": 1e15}, {"heads": 1.6})
+    wrong += tuple({"architecture": encoder.architecture.as_json() | shape} for shape in shapes)
     for text in ("no json", "{}", "[]", *(json.dumps(right | values) for values in wrong)):
         save_file(tensors, tmp_path / "a.safetensors", {"cat_encoder": text})
         with pytest.raises(CatError, match="convert it again"):
@@ -384,11 +415,11 @@ def test_a_tagger_of_the_clap_kind(tmp_path):
     model = {f"model.{name}": tensor for name, tensor in fairseq_tensors(encoder).items()}
     model |= {name.replace(part, names[part]): tensor for name, tensor in head.state_dict().items() for part in names if name.startswith(part)}
     cfg = {"model": {"prediction_mode": "CLAP_TYPE2", "norm_eps": None, "pretrained_model_args": {"model": {"num_heads": 4}}}, "task": {"esc50_eval": True}}
-    torch.save({"model": model, "cfg": cfg, "task_state": {"labels": {"dog": "0", "/m/09x0r": "2"}}}, tmp_path / "a.pt")
+    torch.save({"model": model, "cfg": cfg, "task_state": {"labels": {"dog": "0", "/m/09x0r": "2", 7: "4"}}}, tmp_path / "a.pt")
     tokens = torch.randn(2, 9, 16)
     for path in (tmp_path / "a.pt", convert(tmp_path / "a.pt", tmp_path / "b.safetensors")):
         checkpoint = read_checkpoint(path)
-        assert checkpoint.labels == ["dog", "class 1", "Speech", "class 3", "class 4"] and checkpoint.single_label and checkpoint.normalisation == ESC50
+        assert checkpoint.labels == ["dog", "class 1", "Speech", "class 3", "7"] and checkpoint.single_label and checkpoint.normalisation == ESC50
         assert torch.equal(checkpoint.build()[1](tokens), head(tokens))
 
 

@@ -13,7 +13,7 @@ from test_cat_stem import off
 
 import cat_encoder
 from cat_encoder import CatError, Checkpoint, Encoder
-from cat_encoder.__main__ import main
+from cat_encoder.__main__ import keep, main
 from cat_encoder.config import cat_architecture
 from cat_encoder.head import Head
 from cat_encoder.sound import open_sound
@@ -284,6 +284,12 @@ def test_cli_features(monkeypatch, capsys, sound_file, demo, ear, tmp_path):
     with open_sound(sound_file) as (rate, chunks):
         whole = ear.features(torch.cat(list(chunks), 2), rate)
     torch.testing.assert_close(load_file(out)["tokens"], whole.tokens[0, 1:], rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["columns", "tokens"])
+def test_an_hour_keeps_nothing_but_what_is_written(ear, kind):
+    for vector, rows in keep(ear.stream([noise(25.0)], 16_000), kind):
+        assert vector.untyped_storage().nbytes() == 4 * vector.numel() and rows.untyped_storage().nbytes() == 4 * rows.numel()
 
 
 def test_cli_tags(monkeypatch, capsys, sound_file, demo, ear):

@@ -15,6 +15,7 @@ from cat_encoder.listening.aliases import Vocabulary
 from cat_encoder.listening.sift import Rules, Sifted, judge_alone, sift_folder
 from cat_encoder.listening.sift_files import Ear
 from cat_encoder.training.clips import Clip, find_clips
+from cat_encoder.training.state import load_state, save_state
 from mova.errors import MediaError
 from mova.media import write_audio
 from mova.media_reading import read_audio
@@ -175,9 +176,24 @@ def test_features_of_another_encoder_are_not_used(sift, tmp_path):
     assert len(listened) == 16
 
 
-def test_damaged_features_are_made_anew(sift, place, caplog):
-    features = place / "out" / "features.safetensors"
+def cut_off(features):
     features.write_bytes(features.read_bytes()[:100])
+
+
+def lose_a_row(features):
+    tensors, story = load_state(features)
+    save_state(features, tensors | {"vectors": tensors["vectors"][1:]}, story)
+
+
+def lose_a_number(features):
+    tensors, story = load_state(features)
+    save_state(features, tensors, {"files": [{"file": row["file"], "stamp": row["stamp"]} for row in story["files"]]})
+
+
+@pytest.mark.parametrize("damage", [cut_off, lose_a_row, lose_a_number])
+def test_damaged_features_are_made_anew(sift, place, caplog, damage):
+    features = place / "out" / "features.safetensors"
+    damage(features)
     listened = []
     sift(read=noting(listened))
     assert len(listened) == 16 and "all files are listened to again" in caplog.text

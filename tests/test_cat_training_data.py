@@ -15,6 +15,7 @@ from cat_encoder.frontend import log_mel
 from cat_encoder.training import data, draws
 from cat_encoder.training.clips import Clip, balancing_weights, class_names, find_clips, label_matrix, read_classes, with_labels
 from cat_encoder.training.data import Sounds, read_sound
+from cat_encoder.training.decoder import DecoderShape
 from cat_encoder.training.external import ComputedVectors, StoredVectors, open_external, transformers_encoder
 from cat_encoder.training.masks import MaskPlan, draw_masks, split_cells
 from cat_encoder.training.pretrain import pretrain
@@ -198,11 +199,21 @@ def test_pretraining_from_files(folder, tmp_path):
         ({"measure": "hinge"}, "measure must be one of mse, l1, cosine, ce"),
         ({"side": "left"}, "side must be one of"),
         ({"mask": MaskPlan(1.0)}, "A mask share of 1 leaves 0 of 16 cells visible"),
+        ({"mask": MaskPlan(square=0)}, "square must be 1"),
+        ({"mask": MaskPlan(extra=-0.5)}, "share \\+ extra"),
+        ({"decoder": DecoderShape(groups=0)}, "groups must be 1 or more"),
+        ({"decoder": DecoderShape(kernel=0)}, "kernel and groups must be 1 or more"),
     ],
 )
 def test_settings_that_cannot_be_are_a_sentence(tmp_path, changes, words):
     with pytest.raises(CatError, match=words):
         short_run(tmp_path, settings=replace(SETTINGS, **changes))
+
+
+@pytest.mark.parametrize(("changes", "words"), [({"workers": 0}, "0 threads cannot read"), ({"device": "warp:9"}, "device 'warp:9'")])
+def test_places_that_are_not_there_are_a_sentence(tmp_path, changes, words):
+    with pytest.raises(CatError, match=words):
+        short_run(tmp_path, **changes)
 
 
 def test_an_output_that_is_a_file_is_a_sentence(tmp_path):

@@ -139,12 +139,20 @@ def test_clips_are_held_out_by_chance():
     [
         ({"validation": [Clip(kinds(0, 1)[0].path, ("thunder",))]}, "labelled 'thunder', which is none of the 3 classes"),
         ({"classes": ["clicks", "hiss"]}, "labelled 'hum'"),
+        ({"classes": ["clicks", "hiss", "hiss", "hum"]}, "1 classes are named twice .*'hiss'"),
+        ({"hold_out": 7}, "A share of 7 cannot be held out"),
         ({"settings": replace(SETTINGS, frames=40)}, "40 frames do not fit this encoder: a multiple of 16"),
     ],
 )
 def test_what_does_not_fit_is_a_sentence(tmp_path, changes, words):
     with pytest.raises(CatError, match=words):
         tune(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("changes", [{"mixup": -1.0}, {"bands": 3.0}, {"drop_path": 1.0}, {"smoothing": 4.0}, {"evaluate_every": 0}, {"balanced": -3}])
+def test_settings_that_cannot_be_are_a_sentence(changes):
+    with pytest.raises(CatError, match=f"cannot be used: .*{next(iter(changes))}"):
+        replace(SETTINGS, **changes)
 
 
 # Measures

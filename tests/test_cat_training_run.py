@@ -15,6 +15,7 @@ from cat_encoder.errors import CatError
 from cat_encoder.training import log
 from cat_encoder.training.commands import stop_between_updates
 from cat_encoder.training.data import Sounds
+from cat_encoder.training.log import RunLog
 from cat_encoder.training.pretrain import Pretraining, open_pretraining
 from cat_encoder.training.run import Run, Step
 from cat_encoder.training.teacher import DecaySchedule
@@ -215,6 +216,17 @@ def test_a_new_number_gets_a_column(tmp_path):
     rows.write({"update": 1, "loss": 2.0})
     rows.write({"update": 2, "loss": 1.0, "mAP": 0.5})
     assert (tmp_path / "log.csv").read_text().splitlines() == ["update,loss,mAP", "1,2.0,", "2,1.0,0.5"]
+
+
+def test_a_log_that_is_cut_off_or_none(tmp_path):
+    log = tmp_path / "log.csv"
+    log.write_text("update,loss\r\n1,0.5\r\n2,0.4\r\n3", encoding="utf-8")
+    RunLog(tmp_path, update=9).write({"update": 10, "loss": 0.1})
+    assert log.read_text(encoding="utf-8").split() == ["update,loss", "1,0.5", "2,0.4", "10,0.1"]
+    log.write_text("name,price\r\ntea,2\r\n", encoding="utf-8")
+    with pytest.raises(CatError, match="is no log of a run .*name, price"):
+        RunLog(tmp_path)
+    assert "tea" in log.read_text(encoding="utf-8")
 
 
 def test_tensorboard_is_optional(tmp_path, monkeypatch):

@@ -89,6 +89,8 @@ def match_to_reference(
     mode: one of MODES. match_loudness: clips are brought to the loudness of their reference first, since the level moves every feature.
     CatError when the numbers of clips do not fit, and for sound the encoder cannot hear.
     """
+    if mode not in MODES:
+        raise CatError(f"The mode {mode!r} is unknown: {' or '.join(MODES)}.")
     clips, references = len(waveform), len(reference)
     if references not in (1, clips):
         raise CatError(f"{clips} clips cannot be compared with {references} references: give one reference, or one for each clip.")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CatError
+from ..files import whole_file
 from ..training.state import load_state, save_state
 
 if TYPE_CHECKING:
@@ -66,13 +67,13 @@ class Cache:
         try:
             tensors, story = load_state(self.file)
             usual = Yardsticks(tensors["usual_vectors"], tensors["usual_scores"])
-            vectors, scores, rows = tensors["vectors"], tensors["scores"], story["files"]
-        except (CatError, KeyError, TypeError) as error:
+            rows = list(zip(story["files"], tensors["vectors"], tensors["scores"], strict=True))
+            known = {row["file"]: (row["stamp"], Ear(vector, score, *(float(row[name]) for name in NUMBERS))) for row, vector, score in rows}
+        except (CatError, LookupError, TypeError, ValueError) as error:
             log.warning("%s is not used, all files are listened to again: %s", self.file, error)
             return
         if self.usual.same(usual):
-            for row, vector, score in zip(rows, vectors, scores, strict=True):
-                self.known[row["file"]] = (row["stamp"], Ear(vector, score, *(row[name] for name in NUMBERS)))
+            self.known = known
 
     def find(self, file: str, stamp: Stamp) -> Ear | None:
         """What is known of the file, unless it changed or is to be heard otherwise."""
@@ -87,7 +88,6 @@ class Cache:
         """Writes what was added, if anything was; the file is replaced whole."""
         if not self.changed:
             return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         ears = [ear for _, ear in self.known.values()]
         rows = [{"file": file, "stamp": stamp} | {name: getattr(ear, name) for name in NUMBERS} for file, (stamp, ear) in self.known.items()]
         heard = {"vectors": torch.stack([ear.vector for ear in ears]), "scores": torch.stack([ear.scores for ear in ears])}
@@ -111,13 +111,8 @@ def write_manifest(file: Path, folder: Path, items: list[Sifted], rules: Rules) 
         "dropped": len(items) - kept,
         "clips": [describe(item, file.parent) for item in items],
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    try:
-        part.write_text(json.dumps(story, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", newline="\n")
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(file) as draft:
+        draft.write_text(json.dumps(story, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", newline="\n")
     return file
 
 

@@ -169,6 +169,14 @@ def class_names(clips: list[Clip]) -> list[str]:
     return names
 
 
+def check_classes(names: list[str]) -> list[str]:
+    """The names. CatError when one comes twice: of two outputs of one name the first would never be trained."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise CatError(f"{len(twice)} classes are named twice (first: {twice[0]!r}): every name once is needed.")
+    return names
+
+
 def label_matrix(clips: list[Clip], classes: list[str]) -> torch.Tensor:
     """[clips, classes] float32, 1 = present. CatError for a label that is no class."""
     places = {name: i for i, name in enumerate(classes)}

@@ -75,6 +75,8 @@ class Sounds:
     refused: dict[Path, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise CatError(f"{self.workers} threads cannot read sounds: 1 or more are needed.")
         self.order = self.order or draws.ClipOrder(len(self.clips), self.seed)
 
     def batches(self, first: int, last: int, size: int) -> Iterator[Batch]:

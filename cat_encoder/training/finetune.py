@@ -14,12 +14,12 @@ from ..errors import CatError
 from ..frontend import AUDIOSET, ESC50, FRAMES, SPEECH_COMMANDS, Normalisation
 from ..head import Head
 from ..labels import audioset
-from ..trunk import AudioTransformer
+from ..trunk import AudioTransformer, move
 from . import draws
-from .clips import Clip, balancing_weights, class_names, find_clips, label_matrix
+from .clips import Clip, balancing_weights, check_classes, class_names, find_clips, label_matrix
 from .data import SHORTEST, Batch, Reader, Sounds, mask_bands, mix_with_reverse, read_sound
 from .metrics import accuracy, mean_average_precision
-from .run import OnStep, Run, RunSettings, open_folder, tell_settings, train
+from .run import OnStep, Run, RunSettings, check_rules, open_folder, tell_settings, train
 
 EVALUATION_BATCH = 16
 
@@ -44,6 +44,15 @@ class FinetuneSettings:
     noise: bool = False
     balanced: int = 0
     evaluate_every: int = 1000
+
+    def __post_init__(self) -> None:
+        rules = {
+            "mixup and balanced must not be negative": min(self.mixup, self.balanced) >= 0,
+            "mixup_chance and bands must be 0 to 1": 0 <= self.mixup_chance <= 1 and 0 <= self.bands <= 1,
+            "drop_path and smoothing must be 0 to less than 1": 0 <= self.drop_path < 1 and 0 <= self.smoothing < 1,
+            "evaluate_every must be 1 or more": self.evaluate_every > 0,
+        }
+        check_rules(rules)
 
 
 def recipe(updates: int, warmup: int, rate: float, batch: int, seed: int = 0) -> RunSettings:
@@ -198,12 +207,14 @@ def finetune(
     """
     settings, run = settings or RECIPES["as20k"][0], run or RECIPES["as20k"][1]
     clips = source if isinstance(source, list) else find_clips(source)
-    classes = classes or class_names(clips)
+    classes = check_classes(classes or class_names(clips))
+    if not 0 <= hold_out < 1:
+        raise CatError(f"A share of {hold_out:g} cannot be held out: 0 to less than 1 is possible, such as 0.1.")
     held = validation if isinstance(validation, list) else find_clips(validation) if validation else []
     if hold_out and not held:
         clips, held = split_clips(clips, hold_out, run.seed)
     label_matrix(clips + held, classes)  # labels that are no class are told now, not at some update
-    classifier = build_classifier(start, len(classes), settings, run.seed).to(device)
+    classifier = move(build_classifier(start, len(classes), settings, run.seed), device)
     order = draws.ClipOrder(len(clips), run.seed, weights=balancing_weights(clips), size=settings.balanced) if settings.balanced else None
     common = {"read": read, "frames": settings.frames, "normalisation": settings.normalisation, "shortest": shortest}
     sounds = Sounds(clips, **common, roll=settings.roll, noise=settings.noise, seed=run.seed, workers=workers, keep=keep, order=order)

@@ -40,10 +40,17 @@ class RunLog:
 
 
 def read_rows(file: Path) -> list[dict[str, str]]:
+    """The rows of a log; one that a crash cut off is left out. CatError for a file that no run wrote, which is never replaced."""
     if not file.is_file():
         return []
-    with file.open(newline="", encoding="utf-8") as stream:
-        return list(csv.DictReader(stream))
+    try:
+        with file.open(newline="", encoding="utf-8") as stream:
+            found = csv.DictReader(stream)
+            if "update" not in (found.fieldnames or ["update"]):
+                raise ValueError(f"its columns are {', '.join(found.fieldnames)}")
+            return [row for row in found if None not in (*row, *row.values()) and row["update"].isdecimal()]
+    except (ValueError, csv.Error) as error:  # Unicode errors are ValueErrors
+        raise CatError(f"{file} is no log of a run ({error}): move it away, or choose another output folder.") from None
 
 
 def write_rows(file: Path, columns: list[str], rows: list[dict[str, str]]) -> None:

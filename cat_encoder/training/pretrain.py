@@ -10,9 +10,8 @@ import torch
 
 from ..checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from ..config import PRESETS, Architecture
-from ..errors import CatError
 from ..frontend import AUDIOSET, FRAMES, Normalisation
-from ..trunk import AudioTransformer
+from ..trunk import AudioTransformer, move
 from . import draws
 from .clips import Clip, find_clips
 from .data import SHORTEST, Batch, Reader, Sounds, read_sound
@@ -20,7 +19,7 @@ from .decoder import Decoder, DecoderShape
 from .external import Describe, External, StoredVectors, open_external
 from .masks import MaskPlan, Masks, draw_masks, split_cells
 from .objective import MEASURES, SIDES, Alignment, Weights
-from .run import OnStep, Run, RunSettings, open_folder, tell_settings, train
+from .run import OnStep, Run, RunSettings, check_rules, open_folder, tell_settings, train
 from .student import Student
 from .teacher import DecaySchedule, Teacher
 
@@ -49,20 +48,22 @@ class PretrainSettings:
 
     def check(self, architecture: Architecture) -> None:
         """CatError for values that do not fit the encoder."""
-        patch, depth = architecture.patch, architecture.depth
+        patch, depth, decoder, mask = architecture.patch, architecture.depth, self.decoder, self.mask
+        groups = max(decoder.groups, 1)
         rules = {
             f"frames must be a multiple of the patch, {patch}, up to {architecture.max_frames}": self.frames % patch == 0
             and 0 < self.frames <= architecture.max_frames,
             "clones must be 1 or more": self.clones > 0,
-            f"the decoder's groups must divide its width and {architecture.width}": self.decoder.width % self.decoder.groups == 0
-            and architecture.width % self.decoder.groups == 0,
+            "the decoder's width, kernel and groups must be 1 or more, its layers 0 or more": min(decoder.width, decoder.kernel, decoder.groups) > 0
+            and decoder.layers >= 0,
+            f"the decoder's groups must divide its width and {architecture.width}": decoder.width % groups == architecture.width % groups == 0,
+            "the mask's square must be 1 cell or more": mask.square > 0,
+            "1 - share + extra of the mask must not be negative": 1 - mask.share + mask.extra >= 0,
             f"layers and layer must be 0 to {depth}": 0 <= self.layers <= depth and 0 <= self.layer <= depth,
             f"side must be one of {', '.join(SIDES)}": self.side in SIDES,
             f"measure must be one of {', '.join(MEASURES)}": self.measure in MEASURES,
         }
-        broken = [rule for rule, holds in rules.items() if not holds]
-        if broken:
-            raise CatError(f"These settings cannot be used: {'; '.join(broken)}.")
+        check_rules(rules)
         self.mask.visible_cells(self.frames // patch * architecture.bands)
 
 
@@ -165,7 +166,7 @@ def open_pretraining(
     """
     settings, run = settings or PretrainSettings(), run or RunSettings()
     clips = source if isinstance(source, list) else find_clips(source)
-    encoder = start_encoder(architecture, start, run.seed).to(device)
+    encoder = move(start_encoder(architecture, start, run.seed), device)
     settings.check(encoder.architecture)
     sounds = Sounds(clips, read, settings.frames, settings.normalisation, shortest, roll=settings.roll, seed=run.seed, workers=workers, keep=keep)
     vectors = open_external(external, device) if external else StoredVectors() if clips[0].vector else None

@@ -28,6 +28,13 @@ STATE, LOG = "resume.safetensors", "log.csv"
 FREE = ("accumulate", "save_every", "log_every", "tensorboard")  # may change when a run is resumed: they do not change what it learns
 
 
+def check_rules(rules: dict[str, bool]) -> None:
+    """rules: what must hold, in words. CatError that names those that do not."""
+    broken = [rule for rule, holds in rules.items() if not holds]
+    if broken:
+        raise CatError(f"These settings cannot be used: {'; '.join(broken)}.")
+
+
 @dataclass(frozen=True)
 class RunSettings:
     """updates: optimiser steps. warmup: of them, None = 2 of 15. batch: clips per update, computed in `accumulate` parts. clip: gradient norm, 0 = no limit."""
@@ -56,9 +63,7 @@ class RunSettings:
             f"optimiser must be one of {', '.join(OPTIMISERS)}": self.optimiser in OPTIMISERS,
             f"precision must be one of {', '.join(PRECISIONS)}": self.precision in PRECISIONS,
         }
-        broken = [rule for rule, holds in rules.items() if not holds]
-        if broken:
-            raise CatError(f"These settings cannot be used: {'; '.join(broken)}.")
+        check_rules(rules)
 
     @property
     def schedule(self) -> RateSchedule:
