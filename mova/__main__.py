@@ -131,11 +131,25 @@ def add_placement(command: argparse.ArgumentParser) -> None:
     command.add_argument("--residency", choices=("auto", "resident", "stream"), default="auto")
 
 
+def choose_device(asked: str | None) -> str:
+    """The device asked for, else cuda where there is one. InputError for one that is not there."""
+    import torch
+
+    if asked is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=asked)
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {asked} cannot be used ({reason}): cpu always works; without --device a GPU is used where there is one.") from None
+    return asked
+
+
 def placement(args: argparse.Namespace) -> dict:
     import torch
 
     dtypes = dict(zip(DTYPES, (None, torch.bfloat16, torch.float16, torch.float32), strict=True))
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(args.device)
     return {"device": device, "dtype": dtypes[args.dtype], "residency": args.residency}
 
 
@@ -206,7 +220,6 @@ def run_check(args: argparse.Namespace) -> int:
 
 
 def run_quantize(args: argparse.Namespace) -> int:
-    import torch
 
     from .inspection import show_size
     from .quantize import SMALL, denoiser_bytes, measure_folders, quantize
@@ -221,7 +234,7 @@ def run_quantize(args: argparse.Namespace) -> int:
         print("error not measured: --measure does it for a checkpoint of this size")
         return 0
     print("error against the original (relative L2 of the predicted clean latents, random text and noise):", flush=True)
-    print(*measure_folders(args.folder, args.out, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu")), sep="\n")
+    print(*measure_folders(args.folder, args.out, device=choose_device(args.device)), sep="\n")
     return 0
 
 
@@ -236,7 +249,7 @@ def run_check_sync(args: argparse.Namespace) -> int:
     if args.plot:
         check_plot(args.plot)
     film, waveform, rate = open_film(args.clip)
-    network = load_syncnet(args.syncnet, args.device) if args.syncnet else None
+    network = load_syncnet(args.syncnet, choose_device(args.device)) if args.syncnet else None
     with open_landmarks(args.landmarks) as landmarks:
         report = check_lip_sync(film, waveform, rate, landmarks, syncnet=network)
     print(report.to_json())
@@ -247,7 +260,6 @@ def run_check_sync(args: argparse.Namespace) -> int:
 
 
 def run_enhance(args: argparse.Namespace) -> int:
-    import torch
 
     from .prompt import LocalModel, RemoteModel, enhance_prompt
     from .text import load_text_encoder
@@ -258,7 +270,7 @@ def run_enhance(args: argparse.Namespace) -> int:
         )
     build = {
         "template": lambda: None,
-        "local": lambda: LocalModel(args.model, args.language_model, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        "local": lambda: LocalModel(args.model, args.language_model, device=choose_device(args.device)),
         "openai-compatible": lambda: RemoteModel(args.settings),
     }
     made = enhance_prompt(

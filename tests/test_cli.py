@@ -82,6 +82,12 @@ def test_demo_model_then_check(run, tmp_path):
     assert stdout.count("finite") >= 6 and "bug report" in stdout.splitlines()[-1]
 
 
+@pytest.mark.parametrize("device", ["toaster", "cuda:99", ""])
+def test_a_device_that_is_not_there(run, tiny_mova, tmp_path, device):
+    code, stdout, stderr = run("generate", "--model", tiny_mova, "--prompt", "rain", "--out", tmp_path / "clip.mp4", "--device", device)
+    assert code == 1 and "cpu always works" in stderr and len(stderr.splitlines()) == 1 and not stdout
+
+
 def test_check_finds_what_it_should(tiny_mova, tmp_path):
     findings = {finding.name: finding for finding in check(tiny_mova, height=48, width=64)}
     assert findings["high expert: another prompt changes picture, sound"].good
