@@ -148,7 +148,7 @@ def unpickle(file: Path) -> object:
     try:
         return torch.load(file, weights_only=True, **settings)
     except pickle.UnpicklingError:
-        pass
+        pass  # tried below, with stand-ins
     except DAMAGE as error:
         raise damaged(file, error) from None
     try:
@@ -183,10 +183,10 @@ class StandIn(dict):
         super().__init__()
 
     def __setstate__(self, state: object) -> None:
-        pass
+        """Nothing of the object is kept."""
 
     def append(self, _: object) -> None:
-        pass
+        """Likewise."""
 
     extend = append
     __hash__ = object.__hash__

@@ -133,7 +133,7 @@ class Finetuning:
         return class_errors(logits, prepared.labels[rows], self.one_of_many, smoothing) / prepared.whole, {}
 
     def follow(self, update: int) -> None:
-        pass
+        """No teacher follows this student."""
 
     def measure(self, update: int) -> dict[str, float]:
         due = update % self.settings.evaluate_every == 0 or update == self.run.updates

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..audio_vae import resample
+from ..resampling import resample
 from .face import Array
 from .verdict import Agreement, is_in_time
 
