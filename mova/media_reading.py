@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import struct
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -17,6 +18,7 @@ from .ffmpeg import load_av
 from .media import Clip
 
 LOST = 0.5  # seconds that may be missing from what the header claims before a file counts as truncated
+UNKNOWN_SIZE = 2**31 - 2**16  # bytes from which on a RIFF header's claim means that its writer could not know (a pipe)
 CODEC_FRAME = 2048  # samples: a decoder's last frame may reach past the end by less than this
 
 
@@ -83,6 +85,7 @@ def open_media(path: str | Path) -> Iterator[Any]:
         raise MediaError(f"{file} {'is a folder' if file.is_dir() else 'does not exist'}: give the path of a film or sound file.")
     try:
         with open_container(av, str(file.absolute())) as container:
+            check_riff(file)
             yield container
     except (OSError, av.FFmpegError) as error:
         raise MediaError(f"{file} {diagnose_media(file, error)}") from error
@@ -114,6 +117,15 @@ def check_complete(path: str | Path, seconds: Fraction, stream: Any) -> None:
     claimed = stream.duration * stream.time_base if stream.duration else Fraction(0)
     if claimed - seconds > LOST:
         raise MediaError(f"{path} is truncated or damaged: {float(seconds):.2f} of {float(claimed):.2f} seconds could be read; export or download it again.")
+
+
+def check_riff(file: Path) -> None:
+    """MediaError for a .wav or .avi that ends before its header says; FFmpeg reads one as if it were that short."""
+    with file.open("rb") as stream:
+        kind, size = struct.unpack("<4sI", stream.read(8).ljust(8))
+    claimed, there = size + 8, file.stat().st_size
+    if kind == b"RIFF" and claimed < UNKNOWN_SIZE and claimed - there > claimed / 100:  # some writers are a few bytes off
+        raise MediaError(f"{file} is truncated: {there:,} of {claimed:,} bytes are there; export or download it again.")
 
 
 def sound_converter(stream: Any) -> Any:

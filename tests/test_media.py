@@ -1,6 +1,7 @@
 """Films and sound files: what is written comes back, sound and picture end together, and a failure leaves nothing behind."""
 
 import math
+import struct
 import sys
 from fractions import Fraction
 
@@ -241,7 +242,8 @@ def test_what_cannot_be_read(tmp_path):
     write_clip(tmp_path / "clip.mp4", film(193, 32, 32), fps=24, audio=chirp(400000, 48000), sample_rate=48000)
     write_audio(tmp_path / "sound.flac", torch.rand(1, 200000) - 0.5, 48000)
     write_clip(tmp_path / "silent.mp4", film(), fps=24)
-    for name in ("clip.mp4", "sound.flac"):
+    write_audio(tmp_path / "sound.wav", torch.rand(1, 4000) - 0.5, 16000)
+    for name in ("clip.mp4", "sound.flac", "sound.wav"):
         content = (tmp_path / name).read_bytes()
         (tmp_path / f"cut-{name}").write_bytes(content[: len(content) // 2])
     (tmp_path / "page.mp4").write_text("<!DOCTYPE html><html>log in</html>")
@@ -251,6 +253,7 @@ def test_what_cannot_be_read(tmp_path):
         (read_video, "cut-clip.mp4", "truncated or damaged"),
         (read_audio, "cut-clip.mp4", "truncated or damaged"),
         (read_audio, "cut-sound.flac", "truncated or damaged"),
+        (read_audio, "cut-sound.wav", "is truncated: 4,0.. of 8,0.. bytes"),
         (read_video, "page.mp4", "web page"),
         (read_audio, "empty.wav", "empty"),
         (read_video, "bytes.mp4", "not a film"),
@@ -261,6 +264,19 @@ def test_what_cannot_be_read(tmp_path):
     ):
         with pytest.raises(MediaError, match=sentence):
             read(tmp_path / name)
+
+
+@pytest.mark.parametrize("claimed", [0, 2**32 - 1, 0x7FFFF024])
+def test_a_sound_that_came_through_a_pipe(tmp_path, claimed):
+    """Its writer could not go back and put the size into the header."""
+    write_audio(tmp_path / "sound.wav", torch.full((1, 4000), 0.25), 16000)
+    content = bytearray((tmp_path / "sound.wav").read_bytes())
+    at = content.index(b"data") + 4
+    content[4:8] = struct.pack("<I", claimed)
+    content[at : at + 4] = struct.pack("<I", max(claimed - at - 4 + 8, 0) if claimed else 2**32 - 1)
+    (tmp_path / "piped.wav").write_bytes(content)
+    waveform, rate = read_audio(tmp_path / "piped.wav")
+    assert rate == 16000 and waveform.shape == (1, 4000) and (waveform - 0.25).abs().max() < 1e-4
 
 
 def test_without_pyav(tmp_path, monkeypatch):
