@@ -14,7 +14,7 @@ from .audio_vae import AudioVAE, load_audio_vae
 from .denoiser import Denoiser, OnLayer, load_denoiser
 from .image import check_size, image_condition, open_image
 from .media import Clip, write_clip
-from .resume import Resume
+from .resume import Resume, kept_until_saved
 from .sampler import OnStep, choose_guidance, plan_steps, sample
 from .text import TextEncoder, load_text_encoder
 from .video_vae import VideoVAE, load_video_vae
@@ -40,22 +40,33 @@ class Pipeline:
     def __init__(self, folder: Path, denoiser: Denoiser, text: TextEncoder, video_vae: VideoVAE, audio_vae: AudioVAE) -> None:
         self.folder, self.denoiser, self.text, self.video_vae, self.audio_vae = folder, denoiser, text, video_vae, audio_vae
 
-    def generate(self, prompt: str, image: Picture | None = None, **settings: Any) -> Clip:
+    def generate(self, prompt: str, image: Picture | None = None, *, resume: Resume | None = None, **settings: Any) -> Clip:
         """A clip in memory; settings as in `make_latents`. Errors are MovaErrors that say what to change."""
-        latents = self.make_latents(prompt, image, **settings)
-        frames = self.on_device(self.video_vae, lambda vae: vae.decode(vae.denormalize(latents.video)))
-        return Clip(frames, self.decode_audio(latents), latents.fps, self.audio_vae.sample_rate, latents.settings)
+        with kept_until_saved(resume) as kept:
+            latents = self.make_latents(prompt, image, resume=kept, **settings)
+            frames = self.on_device(self.video_vae, lambda vae: vae.decode(vae.denormalize(latents.video)))
+            return Clip(frames, self.decode_audio(latents), latents.fps, self.audio_vae.sample_rate, latents.settings)
 
-    def render(self, path: str | Path, prompt: str, image: Picture | None = None, *, on_frame: Callable[[int], None] | None = None, **settings: Any) -> None:
+    def render(
+        self,
+        path: str | Path,
+        prompt: str,
+        image: Picture | None = None,
+        *,
+        resume: Resume | None = None,
+        on_frame: Callable[[int], None] | None = None,
+        **settings: Any,
+    ) -> None:
         """As `generate`, straight into a file: frames go from the decoder to the encoder one by one, so a long clip needs no more memory."""
-        latents = self.make_latents(prompt, image, **settings)
-        sound = {"audio": self.decode_audio(latents), "sample_rate": self.audio_vae.sample_rate}
-        self.on_device(
-            self.video_vae,
-            lambda vae: write_clip(
-                path, vae.decode_stream(vae.denormalize(latents.video)), fps=latents.fps, metadata=latents.settings, on_frame=on_frame, **sound
-            ),
-        )
+        with kept_until_saved(resume) as kept:
+            latents = self.make_latents(prompt, image, resume=kept, **settings)
+            sound = {"audio": self.decode_audio(latents), "sample_rate": self.audio_vae.sample_rate}
+            self.on_device(
+                self.video_vae,
+                lambda vae: write_clip(
+                    path, vae.decode_stream(vae.denormalize(latents.video)), fps=latents.fps, metadata=latents.settings, on_frame=on_frame, **sound
+                ),
+            )
 
     def make_latents(
         self,

@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,10 +44,14 @@ Identity = dict[str, Any]
 
 @dataclass(frozen=True)
 class Resume:
-    """Where a run is kept: a file, or a folder in which every run has one of its own. `every`: steps between two writes."""
+    """Where a run is kept: a file, or a folder in which every run has one of its own.
+
+    every: steps between two writes. finished: whether the last step is kept, too, and left to the caller; else a run that came to its end leaves nothing.
+    """
 
     path: str | Path
     every: int = 5
+    finished: bool = False
 
 
 class Kept(NamedTuple):
@@ -58,10 +63,10 @@ class Kept(NamedTuple):
 
 
 class KeptRun:
-    """The file of one run (None: it is not kept), as a context: left early it holds the last finished step, left at the end it is gone."""
+    """The file of one run (None: it is not kept), as a context: left early it holds the last finished step, left at the end it is gone (unless `finished`)."""
 
-    def __init__(self, file: Path | None, every: int = 1, identity: Identity | None = None) -> None:
-        self.file, self.every, self.identity = file, every, identity or {}
+    def __init__(self, file: Path | None, every: int = 1, finished: bool = False, identity: Identity | None = None) -> None:
+        self.file, self.every, self.finished, self.identity = file, every, finished, identity or {}
         self.latest: Kept | None = None
         self.written = 0  # steps done when the file was last written
 
@@ -69,8 +74,8 @@ class KeptRun:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self.file is not None and kind is None:
-            self.remove()
+        if self.file is not None and kind is None and not self.finished:
+            remove(self.file)
         elif self.latest is not None:
             self.write(self.latest)
 
@@ -110,12 +115,26 @@ class KeptRun:
         except (MediaError, SafetensorError) as error:
             log.warning("Step %d is not kept, and the run goes on without: %s", kept.done, error)
 
-    def remove(self) -> None:
-        """The run is complete; a file that cannot go must not cost the clip."""
-        try:
-            self.file.unlink(missing_ok=True)
-        except OSError as error:
-            log.warning("%s keeps a run that is complete, and cannot be deleted: %s", self.file, error)
+
+def remove(file: Path) -> None:
+    """The run is complete; a file that cannot go must not cost the clip."""
+    try:
+        file.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("%s keeps a run that is complete, and cannot be deleted: %s", file, error)
+
+
+@contextmanager
+def kept_until_saved(resume: Resume | None) -> Iterator[Resume | None]:
+    """What to sample with, so that the file of a finished run goes only when this context ends well: decoding and writing may fail, too.
+
+    In a folder it goes when it is finished.
+    """
+    if resume is None or Path(resume.path).is_dir():
+        yield resume
+    else:
+        yield replace(resume, finished=True)
+        remove(Path(resume.path))
 
 
 def open_run(resume: Resume | None, denoiser: Denoiser, settings: Mapping[str, Any], tensors: Mapping[str, Tensor | None]) -> KeptRun:
@@ -130,10 +149,10 @@ def open_run(resume: Resume | None, denoiser: Denoiser, settings: Mapping[str, A
     if not path.is_dir():
         if not path.absolute().parent.is_dir():
             raise InputError(f"The run cannot be kept in {path}: the folder {path.absolute().parent} does not exist.")
-        return KeptRun(path, resume.every, identity)
+        return KeptRun(path, resume.every, resume.finished, identity)
     file = path / f"{digest_json(identity)[:32]}.safetensors"
     remove_oldest(path, file)
-    return KeptRun(file, resume.every, identity)
+    return KeptRun(file, resume.every, resume.finished, identity)
 
 
 def remove_oldest(folder: Path, wanted: Path) -> None:

@@ -61,7 +61,9 @@ def as_inputs(node):
             options = kind if isinstance(kind, list) else settings.get("options")
             kind = "COMBO" if isinstance(kind, list) else kind
             known = {key: settings.get(key) for key in ("default", "min", "control_after_generate")}
-            yield SimpleNamespace(id=name, io_type=kind, optional=group == "optional", is_widget=kind in WIDGETS and not settings.get("forceInput"), options=options, **known)
+            yield SimpleNamespace(
+                id=name, io_type=kind, optional=group == "optional", is_widget=kind in WIDGETS and not settings.get("forceInput"), options=options, **known
+            )
 
 
 def comparable(prompt, schemas):

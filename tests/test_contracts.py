@@ -66,7 +66,9 @@ def test_contracts_are_small_and_the_same_on_every_machine():
     assert list(CONTRACTS)[0] == "0.12.2", "the oldest supported version is missing"
     for path in CONTRACTS.values():
         text = path.read_text(encoding="utf-8")
-        assert len(text) < 200_000 and "tooltip" not in text and not any(PurePosixPath(choice).is_absolute() for choice in find_choices(json.loads(text))), path.name
+        assert len(text) < 200_000 and "tooltip" not in text and not any(PurePosixPath(choice).is_absolute() for choice in find_choices(json.loads(text))), (
+            path.name
+        )
 
 
 def find_choices(value):

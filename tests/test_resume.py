@@ -234,6 +234,21 @@ def test_a_folder_keeps_the_newest(denoiser, loop, tmp_path):
     assert len(names) == KEPT_RUNS and "3.safetensors" not in names and f"{KEPT_RUNS + 2}.safetensors" in names
 
 
+@pytest.mark.parametrize("make", ["render", "generate"])
+def test_a_finished_run_stays_until_the_clip_is_safe(tiny_mova, tmp_path, monkeypatch, make):
+    """Decoding, or the disk, may fail behind the last step: nothing is sampled again."""
+    pipe, file, seen = mova.load_pipeline(tiny_mova), tmp_path / "run.safetensors", []
+    small = dict(height=48, width=64, num_frames=9, steps=2, resume=Resume(file), on_step=lambda step: seen.append(step.index))
+    where = [tmp_path / "clip.mp4"] if make == "render" else []
+    with monkeypatch.context() as broken:
+        broken.setattr(type(pipe), "decode_audio", lambda *_: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError("no room")))
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            getattr(pipe, make)(*where, "rain", **small)
+    assert seen == [0, 1] and file.is_file()
+    getattr(pipe, make)(*where, "rain", **small)
+    assert seen == [0, 1] and not file.exists()
+
+
 def test_killed_on_the_command_line_and_taken_up_again(tiny_mova, tmp_path):
     """SIGKILL, so that nothing can tidy up; the film is as one made without a stop."""
     kept, fast = tmp_path / "run.safetensors", ["--height", "48", "--width", "64", "--num-frames", "9", "--steps", "12", "--prompt", "rain"]
