@@ -235,6 +235,22 @@ def test_tensorboard_is_optional(tmp_path, monkeypatch):
         short_run(tmp_path, run=replace(RUN, tensorboard=True))
 
 
+def test_tensorboard_shows_what_the_log_says(tmp_path):
+    """Also behind a stop: the curves of updates that are made again are not drawn twice."""
+    accumulate = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
+    with pytest.raises(Stop):
+        short_run(tmp_path, run=replace(RUN, tensorboard=True), on_step=stop_at(4))
+    short_run(tmp_path, run=replace(RUN, tensorboard=True))
+    curves = accumulate(str(tmp_path / "tensorboard")).Reload()
+    with (tmp_path / "log.csv").open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    assert set(curves.Tags()["scalars"]) == rows[0].keys() - {"update"}
+    for name in curves.Tags()["scalars"]:
+        drawn = {event.step: event.value for event in curves.Scalars(name)}
+        assert drawn == pytest.approx({int(row["update"]): float(row[name]) for row in rows}, rel=1e-6), name
+        assert len(curves.Scalars(name)) == len(rows)
+
+
 # Stopping
 
 

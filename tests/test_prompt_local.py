@@ -241,3 +241,14 @@ def test_precision_follows_the_free_memory(folders):
     assert fitting_precision(16 * gigabyte, 14 * gigabyte) == "8-bit"
     assert fitting_precision(16 * gigabyte, 8 * gigabyte) == "4-bit" == fitting_precision(16 * gigabyte, gigabyte)
     assert choose_precision(folders["writer"], torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(("precision", "layer"), [("8-bit", "Linear8bitLt"), ("4-bit", "Linear4bit")])
+def test_a_model_in_few_bits_says_the_same(folders, monkeypatch, precision, layer):
+    """bitsandbytes computes on the CPU, too; only the choice is made for GPUs alone."""
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")
+    monkeypatch.setattr("mova.prompt.local.choose_precision", lambda *_: precision)
+    model = LocalModel(folders["writer"])
+    assert model.ask(QUESTION, 0, tell) == PROMPT
+    assert layer in {type(module).__name__ for module in model.opened.model.modules()}
