@@ -105,12 +105,19 @@ def test_of_two_faces_the_one_that_speaks_is_found(swapped):
         assert report.faces[1 - report.speaker].verdict == "not in sync"
 
 
+def test_one_finder_of_faces_serves_one_film_after_another():
+    given = GivenLandmarks(drawn_film(1)[1])
+    reports = [check_lip_sync(drawn_film(1)[0], voice(1), 48000, given) for _ in range(2)]
+    assert reports[0].to_json() == reports[1].to_json()
+
+
 def test_somebody_who_comes_later_counts_from_the_beginning():
     points = np.full((193, 2, 478, 2), np.nan)
     points[:, 0], points[150:, 1] = drawn_film(1)[1], drawn_face(0.2, 120, 180, 100)
 
     class Growing:
-        frame = -1
+        def begin(self):
+            self.frame = -1
 
         def landmarks(self, frame):
             self.frame += 1

@@ -83,6 +83,13 @@ def test_a_newcomer_gets_a_row_of_their_own(stage, tracker):
     assert noses(rows) == [(400, 310), (900, 310)]
 
 
+def test_in_a_new_film_nobody_is_known(stage, tracker):
+    for _ in range(2):  # the search of a new film does not wait for its turn
+        stage.show(tracker, drawn_face(0.2, 300, 300, 200))
+    tracker.begin()
+    assert noses(stage.show(tracker, drawn_face(0.2, 1000, 300, 200))) == [(1000, 310)]
+
+
 def test_two_persons_do_not_share_one_face(stage, tracker):
     """One walks behind the other: the face that is left is taken once."""
     for step in range(30):
@@ -267,7 +274,7 @@ class Recorded:
     """Landmarks as they come, kept to be given again."""
 
     def __init__(self, landmarks):
-        self.live, self.rows = landmarks, []
+        self.live, self.rows, self.begin = landmarks, [], landmarks.begin
 
     def landmarks(self, frame):
         rows = self.live.landmarks(frame)
@@ -280,7 +287,6 @@ def test_the_photo_puppet_is_measured(task, media):
     photo = read_photo(media / "single_person.jpg", (640, 360))
     with open_landmarks(task) as landmarks:
         frames = list(puppet(photo, landmarks.landmarks(photo)[0], seed=1))
-    with open_landmarks(task) as landmarks:
         recorded = Recorded(landmarks)
         own = check_lip_sync(frames, voice(1), 48000, recorded)
     rows = np.concatenate(recorded.rows)

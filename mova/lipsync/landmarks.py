@@ -25,7 +25,11 @@ INSTALL = "pip install 'mediapipe>=1.0'"
 
 
 class Landmarks(Protocol):
-    """Whatever finds faces in the frames of one film."""
+    """Whatever finds faces in the frames of films, one film after another."""
+
+    def begin(self) -> None:
+        """The next frame is the first of a film: persons are counted anew."""
+        ...
 
     def landmarks(self, frame: Array) -> Array:
         """The faces of the next frame (uint8 [H,W,3]): [persons,478,2] in pixels, NaN for a person not seen; a person keeps its row, new ones are added below."""
@@ -40,6 +44,9 @@ class GivenLandmarks:
         if points.ndim not in (3, 4) or points.shape[-2:] != (POINTS, 2):
             raise InputError(f"The landmarks are {list(points.shape)}: [frames, {POINTS}, 2] or [frames, persons, {POINTS}, 2] is needed, in pixels.")
         self.points = points[:, None] if points.ndim == 3 else points
+        self.begin()
+
+    def begin(self) -> None:
         self.next = 0
 
     def landmarks(self, frame: Array) -> Array:
@@ -90,7 +97,7 @@ class FaceLandmarker:
 
 @contextlib.contextmanager
 def open_landmarks(task: str | Path) -> Iterator[Landmarks]:
-    """The faces of one film by MediaPipe, each person followed by position. CheckpointError for a wrong bundle, MediaError without MediaPipe."""
+    """The faces of films by MediaPipe, each person followed by position. CheckpointError for a wrong bundle, MediaError without MediaPipe."""
     with contextlib.ExitStack() as opened:
         follow, discover = (opened.enter_context(contextlib.closing(FaceLandmarker(task, confidence))) for confidence in (FOLLOW, DISCOVER))
         yield PersonTracker(follow.detect, discover.detect)

@@ -39,6 +39,10 @@ class PersonTracker:
 
     def __init__(self, follow: Detect, discover: Detect) -> None:
         self.follow, self.discover = follow, discover
+        self.begin()
+
+    def begin(self) -> None:
+        """Nobody is known: the next frame is the first of a film."""
         self.persons: list[Person] = []
         self.frames = 0
 

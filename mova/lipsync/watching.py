@@ -70,6 +70,7 @@ class Watching:
 def watch_faces(film: Iterable[TimedFrame], landmarks: Landmarks, on_frame: OnFrame | None = None) -> Watching:
     """Looks at each frame once and keeps none. on_frame(done, total) is called for each, total 0 = not known. InputError for a film without frames, or with times that do not rise."""
     watching, total = Watching(), len(film) if hasattr(film, "__len__") else 0
+    landmarks.begin()
     for seconds, frame in film:
         if watching.times and not seconds > watching.times[-1]:
             raise InputError(
