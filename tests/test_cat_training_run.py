@@ -275,7 +275,15 @@ def wrap(method, before):
     return wrapped
 
 
-def test_ctrl_c_waits_for_the_update_and_saves(tmp_path):
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C as on a terminal: a process started in the background may have been told to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_waits_for_the_update_and_saves(ctrl_c, tmp_path):
     with stop_between_updates() as check:
 
         def on_step(step: Step):
