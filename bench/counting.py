@@ -21,7 +21,7 @@ FLASH = torch.ops.aten._scaled_dot_product_flash_attention
 NOT_ELEMENTWISE = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.convolution, FLASH, torch.ops.aten.new_empty)
 
 
-@torch.library.custom_op("bench::rms_norm", mutates_args=())
+@torch.library.custom_op("bench::rms_norm", mutates_args=(), schema="(Tensor x, Tensor weight) -> Tensor")
 def fused_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     """CUDA's one kernel; on the meta device PyTorch would show the float32 steps of a CPU."""
     raise NotImplementedError("counted, never computed")

@@ -14,7 +14,7 @@ from ..mova.lipsync.film import ImageFrames
 from . import host, sockets
 from .check_lip_sync import check_clip, check_files, check_inputs, files_there, to_image
 from .decode import decode_audio, decode_video
-from .listen import CatEncoder, placed
+from .listen import CatEncoder
 
 NONE = "none"
 MAX_TAKES = 64
@@ -163,7 +163,7 @@ def judge_take(
     if cat_encoder is not None and not wanted_sounds.strip():
         found["remarks"] = (NOT_ASKED,)
     elif cat_encoder is not None:
-        with placed(cat_encoder) as ear:
+        with cat_encoder.listening() as ear:
             check = check_sound(ear, audio["waveform"], audio["sample_rate"], wanted_sounds, on_step=host.ChunkProgress())[0]
         found |= {"sound": check.score if check.found else None, "remarks": check.remarks}
     return Take(seed, first, **found)

@@ -7,7 +7,8 @@ from typing import Any
 from comfy_api.latest import io
 from torch import Tensor
 
-from . import host, sockets
+from . import sockets
+from .vae_sockets import VideoVAESocket
 
 
 class MOVADecodeVideo(io.ComfyNode):
@@ -60,7 +61,7 @@ class MOVADecodeAudio(io.ComfyNode):
 def decode_video(latents: Tensor, vae: Any, tiling: str = "auto") -> Tensor:
     """[B, 16, T, h, w] by our VAE or core's -> [B*F, H, W, 3] in 0..1."""
     sockets.check_video_vae(vae)
-    if isinstance(vae, host.VideoVAESocket):
+    if isinstance(vae, VideoVAESocket):
         film = vae.decode(latents, tiling)
     else:
         film = vae.decode_tiled(latents) if tiling == "on" else vae.decode(latents)

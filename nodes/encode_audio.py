@@ -9,7 +9,8 @@ from comfy_api.latest import io
 from ..mova.errors import InputError
 from ..mova.image import MAX_FRAMES
 from ..mova.latents import fit_sound
-from . import host, sockets
+from . import sockets
+from .vae_sockets import AudioVAESocket
 
 
 class MOVAEncodeAudio(io.ComfyNode):
@@ -35,7 +36,7 @@ class MOVAEncodeAudio(io.ComfyNode):
     def execute(cls, audio: dict[str, Any] | None, vae: Any, length: int, fps: float) -> io.NodeOutput:
         if audio is None:
             raise InputError("There is no sound to encode: the film it comes from has none. Connect another, or leave the audio latents out.")
-        if not isinstance(vae, host.AudioVAESocket):
+        if not isinstance(vae, AudioVAESocket):
             raise InputError("The vae is not MOVA's audio VAE, whose latents the model works with: connect Load MOVA Audio VAE.")
         clock = vae.audio_clock()
         covered = clock.latent_length(length, fps)  # latents; they reach a little beyond the last picture

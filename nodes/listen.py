@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,19 @@ WORKING_BYTES = 2_000_000_000  # beside the weights, for 8 windows at once
 COARSE = "It hears in steps of 160 ms: not made for lip or hit sync."
 UNCALIBRATED = "Scores are not calibrated: compare takes, do not read them as probabilities."
 ENCODER_TIP = "From Load CAT Encoder."
+
+
+@dataclass(frozen=True)
+class EarSocket:
+    """What goes over a CAT_ENCODER socket: the encoder, which lies on the CPU, and the device that it listens on."""
+
+    encoder: Encoder
+    device: torch.device
+
+    def listening(self) -> AbstractContextManager[Encoder]:
+        """The encoder on its device while the block runs; on the CPU, which it does not leave, no room is asked for."""
+        weights = sum(weight.numel() * weight.element_size() for weight in self.encoder.trunk.parameters())
+        return host.placed(self.encoder, 0 if self.device.type == "cpu" else weights + WORKING_BYTES, self.device)
 
 
 class CATLoadEncoder(io.ComfyNode):
@@ -70,10 +84,9 @@ class CATLoadEncoder(io.ComfyNode):
     @classmethod
     def execute(cls, encoder: str, device: str, precision: str) -> io.NodeOutput:
         ear = load(EARS.path(encoder), dtype=PRECISIONS[precision])
-        ear.place = host.torch_device() if device == "auto" else torch.device("cpu")  # where it listens; between runs it lies on the CPU
         report = describe(ear)
         host.show_text(cls.hidden.unique_id, report)
-        return io.NodeOutput(ear, report, "\n".join(ear.labels))
+        return io.NodeOutput(EarSocket(ear, host.torch_device() if device == "auto" else torch.device("cpu")), report, "\n".join(ear.labels))
 
 
 class CATTagAudio(io.ComfyNode):
@@ -111,9 +124,9 @@ class CATTagAudio(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, audio: Audio | None, encoder: Encoder, top_k: int, window: str, only: str) -> io.NodeOutput:
+    def execute(cls, audio: Audio | None, encoder: EarSocket, top_k: int, window: str, only: str) -> io.NodeOutput:
         sound, rate = read_sound(audio, "audio")
-        with placed(encoder) as ear:
+        with encoder.listening() as ear:
             found = tag_sound(ear, sound, rate, top_k, only, WINDOWS[window], host.ChunkProgress())
         text = by_clip(found)
         host.show_text(cls.hidden.unique_id, text)
@@ -169,9 +182,9 @@ class CATCheckSound(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, audio: Audio | None, encoder: Encoder, wanted: str, unwanted: str, strictness: float) -> io.NodeOutput:
+    def execute(cls, audio: Audio | None, encoder: EarSocket, wanted: str, unwanted: str, strictness: float) -> io.NodeOutput:
         sound, rate = read_sound(audio, "audio")
-        with placed(encoder) as ear:
+        with encoder.listening() as ear:
             checks = check_sound(ear, sound, rate, wanted, unwanted, strictness, host.ChunkProgress())
         report = by_clip(checks)
         host.show_text(cls.hidden.unique_id, report)
@@ -218,9 +231,9 @@ class CATCompareAudio(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, audio: Audio | None, reference: Audio | None, encoder: Encoder, mode: str, match_loudness: bool) -> io.NodeOutput:
+    def execute(cls, audio: Audio | None, reference: Audio | None, encoder: EarSocket, mode: str, match_loudness: bool) -> io.NodeOutput:
         clips, wanted = read_sound(audio, "audio"), read_sound(reference, "reference")
-        with placed(encoder) as ear:
+        with encoder.listening() as ear:
             matches = match_to_reference(ear, *clips, *wanted, mode, match_loudness, host.ChunkProgress())
         report = by_clip(matches)
         host.show_text(cls.hidden.unique_id, report)
@@ -233,18 +246,6 @@ def read_sound(audio: Audio | None, name: str) -> tuple[torch.Tensor, int]:
     if audio is None or not audio["waveform"].numel():
         raise InputError(f"There is no sound on {name}: it is empty, or the film it comes from has none. Connect another.")
     return audio["waveform"].cpu(), audio["sample_rate"]
-
-
-@contextmanager
-def placed(encoder: Encoder) -> Iterator[Encoder]:
-    """The encoder where its loader says while the block runs; afterwards, however it ends, on the CPU again."""
-    if encoder.place.type != "cpu":
-        weights = sum(weight.numel() * weight.element_size() for weight in encoder.trunk.parameters())
-        host.free_memory(weights + WORKING_BYTES, encoder.place)
-    try:
-        yield encoder.to(encoder.place)
-    finally:
-        encoder.to("cpu")
 
 
 def describe(encoder: Encoder) -> str:

@@ -13,6 +13,7 @@ from ..mova.text import load_text_encoder
 from ..mova.video_vae import load_video_vae
 from . import host
 from .shelves import MODELS
+from .vae_sockets import AudioVAESocket, VideoVAESocket
 
 MovaModel = io.Custom("MOVA_MODEL")
 MovaTextEncoder = io.Custom("MOVA_TEXT_ENCODER")
@@ -118,7 +119,7 @@ class MOVALoadVideoVAE(MovaLoader):
     @classmethod
     def execute(cls, model: str) -> io.NodeOutput:
         folder = MODELS.path(model)
-        return io.NodeOutput(host.VideoVAESocket(load_video_vae(folder), folder))
+        return io.NodeOutput(VideoVAESocket(load_video_vae(folder), folder))
 
 
 class MOVALoadAudioVAE(MovaLoader):
@@ -136,4 +137,4 @@ class MOVALoadAudioVAE(MovaLoader):
 
     @classmethod
     def execute(cls, model: str) -> io.NodeOutput:
-        return io.NodeOutput(host.AudioVAESocket(load_audio_vae(MODELS.path(model))))
+        return io.NodeOutput(AudioVAESocket(load_audio_vae(MODELS.path(model))))

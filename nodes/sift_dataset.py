@@ -7,12 +7,12 @@ from pathlib import Path
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..cat_encoder import CatError, Encoder
+from ..cat_encoder import CatError
 from ..cat_encoder.listening.sift import Rules, sift_folder
 from ..mova.errors import InputError, MediaError
 from ..mova.media_reading import read_audio
 from . import host
-from .listen import CatEncoder, placed
+from .listen import CatEncoder, EarSocket
 
 PLACE = "cat_sift"  # the folder below ComfyUI's output directory
 USUAL = Rules()
@@ -104,7 +104,7 @@ class CATSiftDataset(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        encoder: Encoder,
+        encoder: EarSocket,
         folder: str,
         duplicates: float,
         outliers: float,
@@ -116,7 +116,7 @@ class CATSiftDataset(io.ComfyNode):
         place = host.input_folder(folder)
         out = host.output_folder(PLACE, *place.relative_to(host.input_directory()).parts)
         rules = Rules(duplicates, outliers, shortest, listen_seconds, unwanted, strictness)
-        with placed(encoder) as ear:
+        with encoder.listening() as ear:
             sifting = sift_folder(ear, place, out, read_beginning, rules, host.ChunkProgress())
         host.show_text(cls.hidden.unique_id, str(sifting))
         manifest = sifting.manifest.read_text(encoding="utf-8")

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -144,8 +145,8 @@ def test_tooltips_say_what_it_cannot_do(nodes):
 def test_loading_tells_what_the_file_is(run):
     loaded = run("CATLoadEncoder")
     assert "several resolutions (CAT)" in loaded.report and "527 labels" in loaded.report
-    assert len(loaded.labels.splitlines()) == 527 and loaded.encoder.place == torch.device("cpu") and loaded.encoder.dtype == torch.float32
-    assert run("CATLoadEncoder", precision="bf16").encoder.dtype == torch.bfloat16
+    assert len(loaded.labels.splitlines()) == 527 and loaded.encoder.device == torch.device("cpu") and loaded.encoder.encoder.dtype == torch.float32
+    assert run("CATLoadEncoder", precision="bf16").encoder.encoder.dtype == torch.bfloat16
 
 
 def test_only_listed_files_are_opened(nodes, places):
@@ -238,7 +239,7 @@ def test_no_sound_and_too_little_are_sentences(run, ear, node_id):
 @pytest.mark.parametrize("node_id", LISTENERS)
 def test_cancel_is_honoured_and_the_encoder_goes_home(run, ear, cancel_after, monkeypatch, node_id):
     moves = []
-    monkeypatch.setattr(ear, "to", lambda place: (moves.append(str(place)), ear)[1], raising=False)
+    monkeypatch.setattr(ear.encoder, "to", lambda place: (moves.append(str(place)), ear.encoder)[1])
     cancel_after(2)
     with pytest.raises(Cancelled):
         run(node_id, audio=audio(clips=4), encoder=ear, **LISTENERS[node_id])
@@ -247,11 +248,11 @@ def test_cancel_is_honoured_and_the_encoder_goes_home(run, ear, cancel_after, mo
 
 def test_an_encoder_on_another_device_is_only_there_while_it_listens(run, ear, monkeypatch):
     moves, freed = [], []
-    monkeypatch.setattr(ear, "place", torch.device("cuda"))
-    monkeypatch.setattr(ear, "to", lambda place: (moves.append(str(place)), ear)[1], raising=False)
+    ear = replace(ear, device=torch.device("cuda"))
+    monkeypatch.setattr(ear.encoder, "to", lambda place: (moves.append(str(place)), ear.encoder)[1])
     monkeypatch.setattr(sys.modules["comfy.model_management"], "free_memory", lambda need, device: freed.append((need, str(device))))
     run("CATCheckSound", audio=audio(), encoder=ear)
-    weights = sum(weight.numel() * 4 for weight in ear.trunk.parameters())
+    weights = sum(weight.numel() * 4 for weight in ear.encoder.trunk.parameters())
     assert moves == ["cuda", "cpu"] and freed == [(weights + 2_000_000_000, "cuda")]
 
 

@@ -287,8 +287,7 @@ def test_the_sound_counts_by_its_share(pack, drawn, pick, monkeypatch):
         return [SimpleNamespace(score=float(torch.equal(waveform[0], voice(1))), found=("rain",), remarks=())]
 
     monkeypatch.setattr(pack.takes, "check_sound", check_sound)
-    monkeypatch.setattr(pack.takes, "placed", nullcontext)
-    ear = {"cat_encoder": "an ear", "wanted_sounds": "rain"}
+    ear = {"cat_encoder": SimpleNamespace(listening=lambda: nullcontext("an ear")), "wanted_sounds": "rain"}
     picked = [pick(*latents(1, 5), **ear, sound_share=share)[2] for share in (0.0, 1.0)]
     assert picked == [1, 0] and set(asked) == {("an ear", (1, 1), RATE, "rain")}
     assert pick(*latents(2, 1), **ear, face_landmarks="none")[2] == 1
