@@ -144,24 +144,29 @@ def only_tensors(values: object) -> dict[str, Tensor]:
 
 def unpickle(file: Path) -> object:
     """What torch.save wrote. Files of real training runs may hold objects that torch's safe loader refuses: those are replaced by stand-ins, never made."""
-    settings = {"map_location": "cpu", "mmap": is_zip(file)}  # mapped: optimizer states, twice the size of the model, stay on the disk
     try:
-        return torch.load(file, weights_only=True, **settings)
+        return torch_load(file, weights_only=True)
     except pickle.UnpicklingError:
         pass  # tried below, with stand-ins
     except DAMAGE as error:
         raise damaged(file, error) from None
     try:
-        return torch.load(file, weights_only=False, pickle_module=SimpleNamespace(__name__=__name__, Unpickler=StandInUnpickler, load=load_plain), **settings)
+        return torch_load(file, weights_only=False, pickle_module=SimpleNamespace(__name__=__name__, Unpickler=StandInUnpickler, load=load_plain))
     except ForeignCode as error:
         raise CatError(f"{file} would run code when it is loaded ({error}): it was not loaded. Delete it, and get the checkpoint from its authors.") from None
     except DAMAGE as error:
         raise damaged(file, error) from None
 
 
-def is_zip(file: Path) -> bool:
+def torch_load(file: Path, **settings: object) -> object:
+    """Mapped where that is possible: optimizer states, twice the size of the model, stay on the disk.
+
+    Not under a name that ends in .safetensors: PyTorch from 2.13 on reads paths by their name.
+    """
     with file.open("rb") as stream:
-        return stream.read(2) == b"PK"
+        mapped = stream.read(2) == b"PK" and file.suffix != ".safetensors"
+        stream.seek(0)
+        return torch.load(file if mapped else stream, map_location="cpu", mmap=mapped, **settings)
 
 
 def damaged(file: Path, error: BaseException) -> CatError:

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 
 from .errors import MediaError
 from .ffmpeg import load_av
-from .media import Clip
+from .media import BT709, Clip
 
 LOST = 0.5  # seconds that may be missing from what the header claims before a file counts as truncated
+BT601 = 5  # FFmpeg's number
 UNKNOWN_SIZE = 2**31 - 2**16  # bytes from which on a RIFF header's claim means that its writer could not know (a pipe)
 CODEC_FRAME = 2048  # samples: a decoder's last frame may reach past the end by less than this
 
@@ -139,7 +140,10 @@ def to_tensors(frames: list[Any]) -> list[torch.Tensor]:
 
 def to_picture(frame: Any) -> torch.Tensor:
     """A decoded frame as uint8 [H,W,3], turned upright (phones store how they were held)."""
-    pixels = torch.from_numpy(frame.to_ndarray(format="rgb24"))
+    told = {}
+    if frame.colorspace == BT709:  # PyAV before 17 heeds it only where another matrix is asked for, which means nothing to RGB
+        told = {"src_colorspace": frame.colorspace, "dst_colorspace": BT601, "src_color_range": frame.color_range}
+    pixels = torch.from_numpy(frame.reformat(format="rgb24", **told).to_ndarray())
     return torch.rot90(pixels, frame.rotation // 90)
 
 

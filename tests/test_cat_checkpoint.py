@@ -166,13 +166,14 @@ def test_odd_numbers_in_settings_count_as_none(tmp_path, odd):
     assert (checkpoint.architecture.heads, checkpoint.architecture.eps, checkpoint.frames, checkpoint.mode) == (1, 1e-6, 1024, "CLS_TOKEN")
 
 
-def test_half_precision_is_widened(tmp_path):
+@pytest.mark.parametrize("name", ["a.pt", "renamed.safetensors"])  # PyTorch from 2.13 on reads paths by their name
+def test_half_precision_is_widened(tmp_path, name):
     encoder = random_encoder(ARCHITECTURES["cat"])
-    torch.save({"model": {name: tensor.half() for name, tensor in fairseq_tensors(encoder).items()}, "cfg": {"model": {"num_heads": 4}}}, tmp_path / "a.pt")
-    loaded = read_checkpoint(tmp_path / "a.pt").build()[0]
+    torch.save({"model": {key: tensor.half() for key, tensor in fairseq_tensors(encoder).items()}, "cfg": {"model": {"num_heads": 4}}}, tmp_path / name)
+    loaded = read_checkpoint(tmp_path / name).build()[0]
     assert loaded.blocks[0].qkv.weight.dtype == torch.float32
     torch.testing.assert_close(loaded.blocks[0].qkv.weight, encoder.blocks[0].qkv.weight, rtol=1e-3, atol=1e-4, check_dtype=True)
-    assert read_checkpoint(tmp_path / "a.pt").build(torch.bfloat16)[0].positions.dtype == torch.bfloat16
+    assert read_checkpoint(tmp_path / name).build(torch.bfloat16)[0].positions.dtype == torch.bfloat16
 
 
 def test_old_style_and_objects_of_training_runs(tmp_path):

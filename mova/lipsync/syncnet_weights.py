@@ -13,10 +13,11 @@ from torch import Tensor
 
 from ..checkpoint import compare_tensors, open_safetensors
 from ..errors import CheckpointError
+from ..pickles import ARCHIVE, load_pickle
 
 NEEDED = "Needed: syncnet_v2.model of robots.ox.ac.uk/~vgg/software/lipsync/, or a safetensors copy of it."
 COUNTER = "num_batches_tracked"  # of training; old files lack it
-PICKLES = (b"PK\x03\x04", b"\x80")  # of torch.save: today's ZIP, and the older form
+PICKLES = (ARCHIVE, b"\x80")  # of torch.save: today's ZIP, and the older form
 BROKEN = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, struct.error)  # what torch.load raises on damage
 
 # How a tensor of another file begins -> what that file is.
@@ -53,7 +54,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """Tensors by name from what torch.save wrote; code in it is refused, not run."""
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
+        value = load_pickle(path)
     except pickle.UnpicklingError as error:
         wants = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = (

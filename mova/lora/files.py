@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..checkpoint import diagnose_file, open_safetensors, read_header, read_json
 from ..errors import CheckpointError, LoraError
+from ..pickles import ARCHIVE, load_pickle
 from ..reading import TORCH_DTYPES
 from .keys import split_key, unread_kind
 
@@ -29,7 +30,6 @@ NAMES = ("lora_weights.pt", "adapter_model.safetensors", "pytorch_lora_weights.s
 BESIDE = ("lora_config.pt", "trainer_state.pt", "training_state.pt")  # what trainers write beside the weights
 CONFIG, PEFT_CONFIG = "lora_config.pt", "adapter_config.json"
 ADAPTER_METADATA = "lora_adapter_metadata"  # of diffusers: the trainer's config as JSON, names with the component before them
-ARCHIVE = b"PK\x03\x04"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
 COUNTS = (torch.int64, torch.int32, torch.int8, torch.uint8)  # what some trainers store alpha as
 HELD_AS = {torch.float8_e4m3fn: torch.bfloat16, torch.float8_e5m2: torch.bfloat16, **dict.fromkeys((torch.float64, *COUNTS), torch.float32)}
@@ -214,7 +214,7 @@ def load_archive(file: Path) -> dict:
     """What torch.save wrote, which must be a dict; numbers, text and tensors only. LoraError for a pickle that wants more."""
     try:
         check_archive(file)
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        content = load_pickle(file)
     except pickle.UnpicklingError as error:
         if "Unsupported" in str(error) or "weights_only" in str(error).lower():
             raise LoraError(
