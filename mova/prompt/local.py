@@ -105,9 +105,11 @@ class OpenModel:
             text = self.apply_template([{"role": "system", "content": question.rules}, {"role": "user", "content": content}])
         except Exception as error:  # a template is a program of its own and raises whatever it likes
             raise PromptError(f"the chat template of {self.folder.name} cannot be used ({error}): use an 'Instruct' model") from None
-        pictures = {"images": [question.picture]} if question.picture is not None else {}
+        more = {"images": [question.picture]} if question.picture is not None else {}
+        if not self.sees:
+            more = {"return_token_type_ids": False}  # tokenizers of transformers before 5 make them, and models that only write refuse them
         try:
-            return self.processor(text=[text], **pictures, return_tensors="pt", add_special_tokens=False)
+            return self.processor(text=[text], **more, return_tensors="pt", add_special_tokens=False)
         except FAILURES as error:
             raise PromptError(
                 f"{self.folder.name} cannot take the question ({first_line(error)}): use a picture of usual proportions, or another model"
