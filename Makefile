@@ -28,8 +28,9 @@ demo: venv
 		--set MOVAImageToVideoAudio.size=custom --set MOVAImageToVideoAudio.width=128 --set MOVAImageToVideoAudio.height=96 \
 		--set MOVAImageToVideoAudio.length=25 --set MOVADenoise.steps=8
 
+# A worker for each core, four at most, computing in one thread each: files of tests run side by side.
 test: venv
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: venv
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
