@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import ROOT, distance
 from safetensors.torch import load_file, save_file
-from text_parts import copy_text_parts
 
 from mova import text as text_module
 from mova import umt5 as umt5_module
@@ -22,17 +21,6 @@ from mova.umt5 import EMBEDDING, choose_slabs, needed_bytes
 
 GIB = 2**30
 STATUS = Path("/proc/self/status")
-
-
-@pytest.fixture
-def encoder(tiny_mova):
-    return load_text_encoder(tiny_mova)
-
-
-@pytest.fixture
-def folder(tiny_mova, tmp_path):
-    """A copy of the checkpoint's text parts that a test may spoil."""
-    return copy_text_parts(tiny_mova, tmp_path / "model")
 
 
 def plain_rows(folder, prompt, dtype):

@@ -4,32 +4,16 @@ import json
 import logging
 import os
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import distance
 from safetensors.torch import load_file, save_file
-from text_parts import copy_text_parts
 
 from mova import text as text_module
 from mova.errors import CheckpointError, InputError
 from mova.text import clean_prompt, load_text_encoder
 from mova.umt5 import EMBEDDING
-
-GIB = 2**30
-STATUS = Path("/proc/self/status")
-
-
-@pytest.fixture
-def encoder(tiny_mova):
-    return load_text_encoder(tiny_mova)
-
-
-@pytest.fixture
-def folder(tiny_mova, tmp_path):
-    """A copy of the checkpoint's text parts that a test may spoil."""
-    return copy_text_parts(tiny_mova, tmp_path / "model")
 
 
 def forbid_weights(monkeypatch):
