@@ -1,10 +1,12 @@
 """Where the reference outputs and the real media lie, and how close is close enough."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from node_stand_ins import Cancelled
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,6 +96,22 @@ def media() -> Path:
     if not (SHARED / "media").is_dir():
         pytest.skip("../shared/media (real pictures and a clip) is not here")
     return SHARED / "media"
+
+
+@pytest.fixture
+def cancel_after(monkeypatch):
+    """cancel_after(n): the n-th question whether the user cancelled is answered with the interrupt."""
+
+    def cancel_after(count):
+        asked = iter(range(count - 1))
+
+        def check():
+            if next(asked, None) is None:
+                raise Cancelled
+
+        monkeypatch.setattr(sys.modules["comfy.model_management"], "throw_exception_if_processing_interrupted", check)
+
+    return cancel_after
 
 
 def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -10,6 +10,7 @@ import loras
 import pytest
 import torch
 from conftest import distance, golden_path
+from slab_stand_ins import with_rings
 
 import mova
 from mova import LoraError
@@ -18,7 +19,6 @@ from mova.estimate import estimate
 from mova.fp8 import QuantizedLinear
 from mova.quantize import quantize
 from mova.residency import Placement, spread
-from mova.slabs import Link
 
 EXPERTS = {"high": "video_dit", "low": "video_dit_2"}
 HALVES = {"video_high": "video_dit", "video_low": "video_dit_2", "audio": "audio_dit", "bridge": "dual_tower_bridge"}
@@ -221,13 +221,7 @@ def test_any_number_of_resident_layers_gives_the_same_clip(placed, expected, loo
 
 
 def test_through_a_ring_of_host_buffers(placed, expected, loop, monkeypatch):
-    build = Link.__init__
-
-    def with_ring(link, *args):
-        build(link, *args)
-        link.ring = link.make_ring()
-
-    monkeypatch.setattr(Link, "__init__", with_ring)
+    with_rings(monkeypatch)
     assert_equal(mova.sample(placed(0), **loop), expected)
 
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
+from node_stand_ins import Cancelled
 
 from cat_encoder import write_demo_encoder
 from headless.host import installed
@@ -70,26 +71,6 @@ def errors():
 
 def audio(seconds=2.0, clips=1, channels=1, rate=RATE, seed=0):
     return {"waveform": 0.1 * torch.randn(clips, channels, round(seconds * rate), generator=torch.manual_seed(seed)), "sample_rate": rate}
-
-
-class Cancelled(BaseException):
-    """The host's interrupt, which newer hosts do not derive from Exception."""
-
-
-@pytest.fixture
-def cancel_after(monkeypatch):
-    """cancel_after(n): the n-th question whether the user cancelled is answered with the interrupt."""
-
-    def cancel_after(count):
-        asked = iter(range(count - 1))
-
-        def check():
-            if next(asked, None) is None:
-                raise Cancelled
-
-        monkeypatch.setattr(sys.modules["comfy.model_management"], "throw_exception_if_processing_interrupted", check)
-
-    return cancel_after
 
 
 # ---------------------------------------------------------------- what is declared, for ever

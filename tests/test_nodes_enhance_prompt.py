@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
+from node_stand_ins import Cancelled
 from prompt_server import fail, serve, stream
 
 from headless.host import installed
@@ -39,10 +40,6 @@ DECLARED = {
         ["idea", "dialogue", "sound_effects", "music", "camera", "style"], [("prompt", "STRING"), ("negative_prompt", "STRING")],
     ),
 }  # fmt: skip
-
-
-class Cancelled(BaseException):
-    """The host's interrupt."""
 
 
 @pytest.fixture(scope="module")
@@ -203,14 +200,8 @@ def test_without_settings_it_says_where_to_write_them(run, host):
     assert run("MOVAEnhancePrompt", provider="openai-compatible", on_failure="use template")[0] == run("MOVAEnhancePrompt")[0]
 
 
-def test_cancel_reaches_a_service_that_never_answers(run, service, monkeypatch):
-    asked = iter(range(5))
-
-    def check():
-        if next(asked, None) is None:
-            raise Cancelled
-
-    monkeypatch.setattr(sys.modules["comfy.model_management"], "throw_exception_if_processing_interrupted", check)
+def test_cancel_reaches_a_service_that_never_answers(run, service, cancel_after):
+    cancel_after(6)
     with serve(lambda handler: time.sleep(20)) as server:
         service(server.url)
         begun = time.monotonic()

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
+from node_stand_ins import Cancelled
 from puppet import FPS, drawn_film, voice
 
 from cat_encoder import write_demo_encoder
@@ -189,16 +190,9 @@ def test_a_clip_without_sound_and_a_wrong_rate(pack, drawn, run):
     assert run("MOVACheckLipSync", images=images(1), audio=audio(voice(1)))[2] == "too short"
 
 
-def test_cancel_stops_a_check(drawn, run, monkeypatch):
+def test_cancel_stops_a_check(drawn, run, cancel_after):
     drawn(drawn_film(1)[1])
-
-    class Cancelled(BaseException):
-        pass
-
-    def check():
-        raise Cancelled
-
-    monkeypatch.setattr(sys.modules["comfy.model_management"], "throw_exception_if_processing_interrupted", check)
+    cancel_after(1)
     with pytest.raises(Cancelled):
         run("MOVACheckLipSync", images=images(), audio=audio(voice(1)))
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from slab_stand_ins import with_rings
 from torch import nn
 
 import mova
@@ -25,7 +26,6 @@ from mova.fp8 import FP8, LARGEST, QUANTIZATION, QuantizedLinear, fixed_dtypes, 
 from mova.inspection import expected_shapes, inspect_path
 from mova.quantize import measure_error, quantize
 from mova.residency import SLABS, Job, Placement, Room, choose_placement, spread
-from mova.slabs import Link
 from mova.towers import AudioTower, AudioTowerConfig, TowerConfig, VideoTower
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -211,19 +211,13 @@ def test_the_same_clip_in_every_residency(small, loop, monkeypatch):
     views = mova.load_denoiser(small)
     expected = mova.sample(views, **loop)
     assert views.report().mode == "views" and views.dtype == torch.float32
-    build = Link.__init__
-
-    def with_ring(link, *args):
-        build(link, *args)
-        link.ring = link.make_ring()
-
     for mode, own, ring in [("stream", 0, False), ("stream", 2, False), ("stream", 3, True), ("resident", 4, False)]:
         denoiser = mova.load_denoiser(small, residency=mode)
         placement = Placement(mode, "for the test", spread(own, 4), SLABS if own < 4 else 0)
         monkeypatch.setattr(denoiser.residency, "settle", lambda *job, denoiser=denoiser, it=placement: setattr(denoiser.residency, "placement", it))
         with monkeypatch.context() as patch:
             if ring:
-                patch.setattr(Link, "__init__", with_ring)
+                with_rings(patch)
             for _ in range(2):
                 found = mova.sample(denoiser, **loop)
                 assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from slab_stand_ins import poison_slabs, with_rings
 
 import mova
 from mova import CheckpointError, SamplingError, slabs
@@ -22,7 +23,7 @@ from mova.layers import Block, row_slices
 from mova.parts import is_text_key
 from mova.reading import Reader
 from mova.residency import MARGIN, SLABS, Job, Placement, Residency, Room, choose_placement, spread
-from mova.slabs import Layout, Link, Slab
+from mova.slabs import Layout, Link
 from mova.towers import AudioTower, AudioTowerConfig, TowerConfig, VideoTower
 
 GIB = 2**30
@@ -76,17 +77,7 @@ def test_any_number_of_resident_layers_gives_the_same_clip(streaming, tiny_mova,
 def ring(monkeypatch):
     """ring(piece=bytes) -> what a GPU does, with the copies made on the CPU."""
 
-    def through_a_ring(piece):
-        build = Link.__init__
-
-        def with_ring(link, *args):
-            build(link, *args)
-            link.ring = link.make_ring()
-
-        monkeypatch.setattr(slabs, "PIECE_BYTES", piece)
-        monkeypatch.setattr(Link, "__init__", with_ring)
-
-    return through_a_ring
+    return lambda piece: with_rings(monkeypatch, piece)
 
 
 @pytest.mark.parametrize("piece", [slabs.PIECE_BYTES, 50_000, 4096])
@@ -150,27 +141,15 @@ def test_what_can_be_pinned_decides_how_large_the_pieces_are(monkeypatch, caplog
 def test_under_inference_mode_as_in_comfyui(tiny_mova, loop, monkeypatch, ring, dtype):
     """The host's threads are in inference mode, ours are not by themselves: they must be able to fill what was made there."""
     expected = mova.sample(mova.load_denoiser(tiny_mova, dtype=dtype, residency="stream"), **loop)
-    build = Link.__init__
-
-    def with_ring(link, *args):
-        build(link, *args)
-        link.ring = link.make_ring() if ring else []
-
-    monkeypatch.setattr(Link, "__init__", with_ring)
+    if ring:
+        with_rings(monkeypatch)
     with torch.inference_mode():
         assert_equal(mova.sample(mova.load_denoiser(tiny_mova, dtype=dtype, residency="stream"), **loop), expected)
 
 
 def test_a_slab_is_not_touched_before_its_layer_has_run(streaming, tiny_mova, loop, expected, monkeypatch):
     """Slabs are poisoned the moment they are given back: a layer that were still computing, or a fill that were skipped, would show."""
-    give_back = Slab.give_back
-
-    def poison(slab):
-        slab.buffer.fill_(0xFF)  # NaN in every float format
-        slab.holds = None
-        give_back(slab)
-
-    monkeypatch.setattr(Slab, "give_back", poison)
+    poison_slabs(monkeypatch)
     assert_equal(mova.sample(streaming(tiny_mova, own=1), **loop), expected)
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
-from node_stand_ins import PACK, Cancelled, first_value
+from node_stand_ins import PACK, first_value
 
 from headless.host import installed
 
@@ -82,19 +82,3 @@ def denoise(run, parts):
         return run("MOVADenoise", **inputs | given)
 
     return denoise
-
-
-@pytest.fixture
-def cancel_after(pack, monkeypatch):
-    """cancel_after(n): the n-th question whether the user cancelled is answered with the interrupt."""
-
-    def cancel_after(count):
-        asked = iter(range(count - 1))
-
-        def check():
-            if next(asked, None) is None:
-                raise Cancelled
-
-        monkeypatch.setattr(sys.modules["comfy.model_management"], "throw_exception_if_processing_interrupted", check)
-
-    return cancel_after

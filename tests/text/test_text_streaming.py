@@ -10,12 +10,13 @@ import pytest
 import torch
 from conftest import ROOT, distance
 from safetensors.torch import load_file, save_file
+from slab_stand_ins import poison_slabs, with_rings
 
 from mova import text as text_module
 from mova import umt5 as umt5_module
 from mova.errors import CheckpointError, InputError
 from mova.reading import Reader
-from mova.slabs import Link, Slab
+from mova.slabs import Link
 from mova.text import load_text_encoder
 from mova.umt5 import EMBEDDING, choose_slabs, needed_bytes
 
@@ -63,26 +64,13 @@ def own_threads():
 
 def test_through_a_ring_of_host_buffers(tiny_mova, encoder, monkeypatch):
     """What a GPU does, with the copies made on the CPU."""
-    build = Link.__init__
-
-    def with_ring(link, *args):
-        build(link, *args)
-        link.ring = link.make_ring()
-
-    monkeypatch.setattr(Link, "__init__", with_ring)
+    with_rings(monkeypatch)
     assert torch.equal(load_text_encoder(tiny_mova, residency="stream").encode(["rain", "snow"]), encoder.encode(["rain", "snow"]))
 
 
 def test_a_slab_is_not_touched_before_its_layer_has_run(tiny_mova, encoder, monkeypatch):
     """Slabs are poisoned the moment they are given back; the norm behind the last block is computed before that, too."""
-    give_back = Slab.give_back
-
-    def poison(slab):
-        slab.buffer.fill_(0xFF)  # NaN in every float format
-        slab.holds = None
-        give_back(slab)
-
-    monkeypatch.setattr(Slab, "give_back", poison)
+    poison_slabs(monkeypatch)
     assert torch.equal(load_text_encoder(tiny_mova, residency="stream").encode(["rain", "snow"]), encoder.encode(["rain", "snow"]))
 
 
