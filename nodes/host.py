@@ -132,8 +132,9 @@ def free_memory(need: int, device: torch.device) -> None:
 
 @contextmanager
 def placed(part: Any, need: int, device: torch.device) -> Iterator[Any]:
-    """A VAE or an ear of ours on the device, `need` bytes made free before, while the block runs; afterwards, however it ends, it is on the CPU again."""
-    free_memory(need, device)
+    """A VAE or an ear of ours on the device while the block runs; afterwards, however it ends, it is on the CPU again. need: bytes made free before, 0 = none."""
+    if need:
+        free_memory(need, device)
     try:
         yield part.to(device)
     finally:

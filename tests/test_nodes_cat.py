@@ -235,6 +235,8 @@ def test_an_encoder_on_another_device_is_only_there_while_it_listens(run, ear, m
     run("CATCheckSound", audio=audio(), encoder=ear)
     weights = sum(weight.numel() * 4 for weight in ear.encoder.trunk.parameters())
     assert moves == ["cuda", "cpu"] and freed == [(weights + 2_000_000_000, "cuda")]
+    run("CATCheckSound", audio=audio(), encoder=replace(ear, device=torch.device("cpu")))
+    assert len(freed) == 1, "on the CPU, where it lies, it takes nobody's room"
 
 
 # ---------------------------------------------------------------- a folder of recordings

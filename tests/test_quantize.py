@@ -428,6 +428,7 @@ def test_command(tiny_mova, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["mova", "quantize", *map(str, words)])
         return main(), *capsys.readouterr()
 
+    assert run(tiny_mova, tmp_path / "out", "--device", "abacus")[0] == 1 and not (tmp_path / "out").exists()
     code, stdout, _ = run(tiny_mova, tmp_path / "out", "--device", "cpu")
     assert code == 0 and "video_dit/" + WEIGHTS in stdout
     assert "step 1 (high expert): video 0.0" in stdout and "step 2 (low expert): video 0.0" in stdout

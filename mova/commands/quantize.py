@@ -25,11 +25,12 @@ def run(args: argparse.Namespace) -> int:
         state = "kept" if file.kept else "written" if file.before != file.after else "copied"
         print(f"{state:8} {show_size(file.before):>10} -> {show_size(file.after):>10}  {file.name}", flush=True)
 
+    device = choose_device(args.device)  # one that is not there is told before hours of work, not behind them
     results = quantize(args.folder, args.out, on_file)
     print(f"{args.out}: {show_size(sum(file.before for file in results))} -> {show_size(sum(file.after for file in results))}", flush=True)
     if denoiser_bytes(args.folder) > SMALL and not args.measure:
         print("error not measured: --measure does it for a checkpoint of this size")
         return 0
     print("error against the original (relative L2 of the predicted clean latents, random text and noise):", flush=True)
-    print(*measure_folders(args.folder, args.out, device=choose_device(args.device)), sep="\n")
+    print(*measure_folders(args.folder, args.out, device=device), sep="\n")
     return 0
